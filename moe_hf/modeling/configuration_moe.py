@@ -1,0 +1,267 @@
+"""The configuration of a MoE model: the dense model's own configuration, nested, plus the fields of its experts.
+
+Letters: D model width, F expert width, E experts, K experts per token.
+"""
+
+import difflib
+import math
+from dataclasses import fields
+from functools import wraps
+from typing import Any, ClassVar
+
+import transformers
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from packaging.version import Version
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+FORMAT_VERSION = 1
+SUPPORTED_TRANSFORMERS = ("5.23.0", "6")
+SCORING_FUNCTIONS = ("softmax", "sigmoid")
+
+# Fields that transformers defines on every config and reads from whichever config a module holds.
+_MIRRORED = ("output_hidden_states", "output_attentions", "return_dict", "dtype", "_attn_implementation_internal")
+
+
+class MoEError(ValueError):
+    """A user's mistake: says what was given, what is allowed, and what to do."""
+
+
+def check_transformers_version(version: str = transformers.__version__) -> None:
+    """Raise `ImportError` when `version` of transformers is outside the supported range."""
+    lowest, beyond = SUPPORTED_TRANSFORMERS
+    if not Version(lowest) <= Version(version) < Version(beyond):
+        raise ImportError(
+            f"moe_hf works with transformers >= {lowest}, < {beyond}, and {version} is installed: "
+            f"pip install 'transformers>={lowest},<{beyond}'."
+        )
+
+
+check_transformers_version()
+
+
+def _raise_moe_errors(init):
+    """Re-raise the errors of strict dataclasses as `MoEError`, so that users catch one type."""
+
+    @wraps(init)
+    def wrapper(self, *args, **kwargs):
+        try:
+            init(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            cause = error.__cause__
+            raise (cause if isinstance(cause, MoEError) else MoEError(str(error))) from error
+
+    return wrapper
+
+
+@strict
+class MoEConfig(PreTrainedConfig):
+    r"""Configuration of [`MoEModel`] and [`MoEForCausalLM`].
+
+    Every field of the dense configuration can be read and written here too (`config.hidden_size`,
+    `config.vocab_size`, ...); it lives in `text_config`.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`):
+            Configuration of the dense decoder. Required.
+        router_type (`str`, defaults to `"top_k"`):
+            Name of the routing function.
+        num_experts (`int`, defaults to 8):
+            Routed experts per MoE layer, E >= 1.
+        num_experts_per_tok (`int`, defaults to 2):
+            Experts that each token uses, 1 <= K <= E.
+        moe_intermediate_size (`int`, *optional*):
+            Width F of one routed expert; the dense model's width when not given.
+        norm_topk_prob (`bool`, *optional*):
+            Whether the K weights of a token are divided by their sum. Defaults to K > 1.
+        scoring_func (`str`, defaults to `"softmax"`):
+            `"softmax"` or `"sigmoid"` of the router logits.
+        routed_scaling_factor (`float`, defaults to 1.0):
+            Factor of the weights, after normalisation.
+        shared_expert_intermediate_size (`int`, defaults to 0):
+            Width of the shared expert that sees each token; 0 for none.
+        shared_expert_gate (`bool`, defaults to `False`):
+            Whether a learned sigmoid gate scales the shared expert's output.
+        first_k_dense_replace (`int`, defaults to 0):
+            The first layers that stay dense.
+        decoder_sparse_step (`int`, defaults to 1):
+            Layer i has experts when (i + 1) is a multiple of it.
+        mlp_only_layers (`list[int]`, defaults to `[]`):
+            Layers that stay dense.
+        router_aux_loss_coef (`float`, defaults to 0.01):
+            Weight of the load-balancing loss, which is 1 at perfect balance.
+        router_z_loss_coef (`float`, defaults to 0.001):
+            Weight of the router z-loss.
+        router_jitter_noise (`float`, defaults to 0.0):
+            In training the router's input is multiplied by uniform noise in [1 - x, 1 + x]. The experts' is not.
+        router_kwargs (`dict`, defaults to `{}`):
+            Arguments that one routing function alone reads.
+        output_router_logits (`bool`, defaults to `False`):
+            Whether the model returns the router logits of each MoE layer.
+        upcycling (`dict`, *optional*):
+            How the weights came from a dense checkpoint; written by `moe_hf.upcycle`.
+        format_version (`int`, defaults to 1):
+            Version of the checkpoint's layout.
+
+    Raises:
+        MoEError: for a value outside its range, fields that exclude one another, or a misspelt field.
+    """
+
+    model_type: ClassVar[str] = "moe_hf"
+    sub_configs_defaults: ClassVar[dict] = {
+        "text_config": SubConfigSpec(AutoConfig, model_type="llama", optional=True),
+    }
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "aux_loss",
+        "router_logits",
+        "router_losses",
+    ]
+
+    text_config: dict | PreTrainedConfig | None = None
+    router_type: str = "top_k"
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool | None = None
+    scoring_func: str = "softmax"
+    routed_scaling_factor: float | int = 1.0
+    shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
+    first_k_dense_replace: int = 0
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] | None = None
+    router_aux_loss_coef: float | int = 0.01
+    router_z_loss_coef: float | int = 1e-3
+    router_jitter_noise: float | int = 0.0
+    router_kwargs: dict | None = None
+    output_router_logits: bool = False
+    upcycling: dict | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs):
+        self._refuse_misspelt(kwargs)
+        self.mlp_only_layers = sorted(self.mlp_only_layers or [])
+        self.router_kwargs = dict(self.router_kwargs or {})
+        if self.text_config is None:
+            raise MoEError(
+                "MoEConfig needs text_config, the configuration of the dense decoder, and got None. "
+                "Pass AutoConfig.from_pretrained(...) of a dense model, or its dict."
+            )
+        if isinstance(self.text_config, dict):
+            if "auto_map" in self.text_config:
+                raise MoEError("text_config needs remote code; only decoders that transformers itself has can be used.")
+            if self.text_config.get("model_type") is None:
+                raise MoEError('text_config is a dict without "model_type": name the dense family, such as "llama".')
+        super().__post_init__(**kwargs)
+        if self.norm_topk_prob is None:
+            self.norm_topk_prob = self.num_experts_per_tok > 1
+        for name in ("output_hidden_states", "return_dict"):
+            setattr(self.text_config, name, getattr(self, name))
+
+    def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
+        own = [field.name for field in fields(MoEConfig) if field.name not in PreTrainedConfig.__dataclass_fields__]
+        for name in kwargs:
+            nearest = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
+            if nearest:
+                raise MoEError(f"MoEConfig has no field {name!r}; the nearest is {nearest[0]!r}.")
+
+    def validate_routing(self):
+        """Part of the strict validation: the number of experts and how a token's experts are weighted."""
+        if self.num_experts < 1:
+            raise MoEError(f"num_experts is {self.num_experts}; it must be at least 1.")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise MoEError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}; it must be between 1 and "
+                f"num_experts = {self.num_experts}."
+            )
+        if self.norm_topk_prob and self.num_experts_per_tok == 1 and self.num_experts > 1:
+            raise MoEError(
+                "norm_topk_prob=True with num_experts_per_tok=1 makes every weight 1, so the router gets no gradient "
+                "and never learns. Leave norm_topk_prob out, or use num_experts_per_tok >= 2."
+            )
+        if self.scoring_func not in SCORING_FUNCTIONS:
+            raise MoEError(f"scoring_func is {self.scoring_func!r}; it must be one of {list(SCORING_FUNCTIONS)}.")
+        if not (math.isfinite(self.routed_scaling_factor) and self.routed_scaling_factor > 0):
+            raise MoEError(f"routed_scaling_factor is {self.routed_scaling_factor}; it must be finite and above 0.")
+        if not 0 <= self.router_jitter_noise < 1:
+            raise MoEError(f"router_jitter_noise is {self.router_jitter_noise}; it must be in [0, 1).")
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise MoEError(f"{name} is {value}; it must be finite and at least 0.")
+
+    def validate_structure(self):
+        """Part of the strict validation: the width of the experts and which layers have them."""
+        if self.format_version > FORMAT_VERSION or self.format_version < 1:
+            raise MoEError(
+                f"format_version is {self.format_version}, and this version of moe_hf reads 1 to {FORMAT_VERSION}: "
+                "upgrade moe_hf."
+            )
+        if self.moe_intermediate_size is not None and self.moe_intermediate_size < 1:
+            raise MoEError(f"moe_intermediate_size is {self.moe_intermediate_size}; it must be at least 1, or None.")
+        for name, least in (
+            ("shared_expert_intermediate_size", 0),
+            ("first_k_dense_replace", 0),
+            ("decoder_sparse_step", 1),
+        ):
+            if getattr(self, name) < least:
+                raise MoEError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.shared_expert_gate and self.shared_expert_intermediate_size == 0:
+            raise MoEError("shared_expert_gate=True needs a shared expert: set shared_expert_intermediate_size.")
+        layers = self.num_hidden_layers
+        outside = [i for i in self.mlp_only_layers if not 0 <= i < layers]
+        if outside:
+            raise MoEError(f"mlp_only_layers names layers {outside}; the model has layers 0 to {layers - 1}.")
+        if not any(self.is_moe_layer(i) for i in range(layers)):
+            raise MoEError(
+                f"first_k_dense_replace={self.first_k_dense_replace}, decoder_sparse_step={self.decoder_sparse_step} "
+                f"and mlp_only_layers={self.mlp_only_layers} leave none of the {layers} layers with experts."
+            )
+
+    def is_moe_layer(self, layer_index: int) -> bool:
+        """Whether decoder layer `layer_index` (from 0) has experts."""
+        return (
+            layer_index >= self.first_k_dense_replace
+            and layer_index not in self.mlp_only_layers
+            and (layer_index + 1) % self.decoder_sparse_step == 0
+        )
+
+    def get_text_config(self, decoder=None, encoder=None) -> "MoEConfig":
+        """This config itself: it answers for the dense fields, and tools look for `num_experts` and the like here."""
+        return self
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        # Whole, not as a difference from the family's defaults, which may change between transformers versions.
+        return {**super().to_diff_dict(), "text_config": self.to_dict()["text_config"]}
+
+    def __getattr__(self, name: str) -> Any:
+        # transformers probes for optional fields while the config is being built; those belong to text_config alone.
+        text_config = self.__dict__.get("text_config")
+        if name.startswith("__") or "_post_init_done" not in self.__dict__ or text_config is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        try:
+            return getattr(text_config, name)
+        except AttributeError:
+            raise
+        except RuntimeError as error:
+            # Configs whose layers differ refuse a single answer, and hasattr() expects an AttributeError.
+            raise AttributeError(str(error)) from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        text_config = self.__dict__.get("text_config")
+        if "_post_init_done" in self.__dict__ and isinstance(text_config, PreTrainedConfig):
+            if name in _MIRRORED:
+                setattr(text_config, name, value)
+            elif not name.startswith("_") and not hasattr(type(self), name) and name not in self.__dict__:
+                if hasattr(text_config, name):
+                    setattr(text_config, name, value)
+                    return
+        super().__setattr__(name, value)
+
+
+MoEConfig.__init__ = _raise_moe_errors(MoEConfig.__init__)
+
+__all__ = ["MoEConfig", "MoEError"]

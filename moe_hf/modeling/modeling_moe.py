@@ -1,0 +1,478 @@
+"""MoE models: a dense decoder of transformers whose MLPs are replaced by MoE blocks.
+
+`MoEForCausalLM(config)` returns an instance of a subclass of the dense class that `config.text_config` names, so that
+attention, caches, generation, heads and weight names are the dense model's own.
+
+Letters: B batch, S sequence, T = B * S tokens, E experts, V vocabulary.
+"""
+
+import inspect
+from dataclasses import dataclass, fields
+from functools import cache
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils.import_utils import is_torchdynamo_compiling
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from .configuration_moe import MoEConfig, MoEError
+from .dense_mlp import INLINE_ATTRIBUTE, MLPSite, activation_of, check_one_expert_reproduces, find_mlp_sites, holder_of
+from .experts import Experts
+from .losses import load_balancing_loss, router_z_loss
+from .moe_block import MoEBlock, Router, RoutingPass, current_routing_pass, recompute_contexts, routing_pass
+
+
+@dataclass
+class MoEModelOutput(MoeModelOutputWithPast):
+    """Output of [`MoEModel`].
+
+    Args:
+        router_logits (`tuple[torch.Tensor]`): raw logits of each MoE layer, (T, E); with `output_router_logits`.
+        router_losses (`dict[str, torch.Tensor]`): unweighted router losses by name, means over layers.
+    """
+
+    router_losses: dict[str, torch.Tensor] | None = None
+
+
+@dataclass
+class MoECausalLMOutput(MoeCausalLMOutputWithPast):
+    """Output of [`MoEForCausalLM`].
+
+    Args:
+        loss (`torch.Tensor`): the language-modelling loss; in training plus `aux_loss`.
+        aux_loss (`torch.Tensor`): weighted sum of the router losses; in training the very term that was added to
+            `loss`, in evaluation reported only, with `output_router_logits`.
+        router_logits (`tuple[torch.Tensor]`): raw logits of each MoE layer, (T, E); with `output_router_logits`.
+        router_losses (`dict[str, torch.Tensor]`): unweighted router losses by name, means over layers.
+    """
+
+    router_losses: dict[str, torch.Tensor] | None = None
+
+
+# Flags that transformers reads from the class; a combined class has the dense model's.
+_CLASS_FLAGS = (
+    "supports_gradient_checkpointing",
+    "_supports_sdpa",
+    "_supports_flash_attn",
+    "_supports_flex_attn",
+    "_supports_attention_backend",
+    "_can_compile_fullgraph",
+)
+
+
+def _identity(hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states
+
+
+def _wildcard(name: str) -> str:
+    """`layers.3.mlp` -> `layers.*.mlp`, as parallel plans are written."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+@cache
+def _combine(generic: type, dense: type) -> type:
+    """The class that is both `generic`, one of ours, and `dense`, one of transformers; always the same object."""
+    is_moe = issubclass(generic, MoEPreTrainedModel)
+    namespace = {
+        "__module__": generic.__module__,
+        # transformers keys the outputs that a class can record by str(class): it must tell families apart.
+        "__qualname__": f"{generic.__name__}[{dense.__name__}]",
+        "_generic_class": generic,
+        "_dense_class": dense,
+        # transformers would look for the answers in the source of this file, which has neither layer.
+        "_can_set_attn_implementation_cached_value": dense._can_set_attn_implementation(),
+        "_can_set_experts_implementation_cached_value": is_moe,
+        **{flag: getattr(dense, flag) for flag in _CLASS_FLAGS},
+    }
+    if is_moe:
+        signature = inspect.signature(dense.forward)
+        namespace["_forward_names"] = tuple(signature.parameters)[1:]
+        namespace["forward"] = _forward_with_signature(generic, signature)
+    return type(generic.__name__ if is_moe else dense.__name__, (generic, dense), namespace)
+
+
+def _forward_with_signature(generic: type, signature: inspect.Signature):
+    """`generic.forward` under the dense model's signature, which Trainer, generate and tracers inspect."""
+
+    def forward(self, *args, **kwargs):
+        return generic.forward(self, *args, **kwargs)
+
+    parameters = dict(signature.parameters)
+    rest = [p for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    named = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    if "output_router_logits" not in parameters:
+        kind = inspect.Parameter.KEYWORD_ONLY
+        named.append(inspect.Parameter("output_router_logits", kind, default=None, annotation=bool | None))
+    forward.__signature__ = signature.replace(parameters=[*named, *rest], return_annotation=inspect.Signature.empty)
+    forward.__doc__ = generic.forward.__doc__
+    return forward
+
+
+def _rebuild(generic: type, dense: type):
+    """Make an empty instance of a combined class, for unpickling."""
+    cls = _combine(generic, dense)
+    return cls.__new__(cls)
+
+
+@cache
+def _with_inline_block(layer: type, site_names: tuple[str, str | None, str]) -> type:
+    """Subclass of a decoder layer whose inline projections lead to the block: up is the block, the rest does nothing."""
+    up, activation, down = site_names
+    namespace = {
+        "__module__": layer.__module__,
+        "__qualname__": layer.__qualname__,
+        "__reduce_ex__": lambda self, protocol: (
+            _rebuild_inline,
+            (layer, site_names),
+            *super(cls, self).__reduce_ex__(protocol)[2:],
+        ),
+        up: property(lambda self: getattr(self, INLINE_ATTRIBUTE)),
+        down: property(lambda self: _identity),
+    }
+    if activation is not None:
+        namespace[activation] = property(lambda self: _identity)
+    cls = type(layer.__name__, (layer,), namespace)
+    return cls
+
+
+def _rebuild_inline(layer: type, site_names: tuple[str, str | None, str]):
+    cls = _with_inline_block(layer, site_names)
+    return cls.__new__(cls)
+
+
+def _put_block(base_model: nn.Module, site: MLPSite, block: MoEBlock) -> None:
+    layer = base_model.get_submodule(site.layer)
+    if site.attribute is not None:
+        setattr(layer, site.attribute, block)
+        return
+    for name in filter(None, (site.up, site.activation, site.down)):
+        delattr(layer, name)
+    layer.__class__ = _with_inline_block(type(layer), (site.up, site.activation, site.down))
+    setattr(layer, INLINE_ATTRIBUTE, block)
+
+
+def _expert_parallel_plan(block: str, site: MLPSite) -> dict[str, str]:
+    first = "gate_up_proj" if site.gated else "up_proj"
+    names = [first, "down_proj"] + ([f"{first}_bias", "down_proj_bias"] if site.has_bias else [])
+    return {
+        **{f"{block}.experts.{name}": "grouped_gemm" for name in names},
+        f"{block}.experts": "ep_dispatch_experts",
+    }
+
+
+def _tensor_parallel_plan(block: str, site: MLPSite) -> dict[str, str]:
+    """Each rank holds a slice of every expert's width; the bias of `down_proj` is whole on each (see MoEBlock)."""
+    if site.gated:
+        plan = {"gate_up_proj": "packed_colwise", "gate_up_proj_bias": "packed_rowwise"}
+    else:
+        plan = {"up_proj": "colwise", "up_proj_bias": "rowwise"}
+    plan["down_proj"] = "rowwise"
+    return {
+        **{f"{block}.experts.{k}": v for k, v in plan.items() if site.has_bias or not k.endswith("_bias")},
+        f"{block}.experts": "moe_tp_experts",
+    }
+
+
+def _extended(output_class: type, outputs, **more):
+    """`outputs` of the dense model as an `output_class`, with fields added; fields it does not know are kept too."""
+    known = {field.name for field in fields(output_class)}
+    result = output_class(**{k: v for k, v in outputs.items() if k in known and k not in more}, **more)
+    for name, value in outputs.items():
+        if name not in known:
+            result[name] = value
+    return result
+
+
+class _Combined:
+    """What each class combined with a dense one needs: weight initialisation of the MoE parts, and pickling."""
+
+    _generic_class: type | None = None
+    _dense_class: type | None = None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Router | Experts):
+            config = self.config
+            std = getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("_bias"):
+                    init.zeros_(parameter)
+                else:
+                    init.normal_(parameter, mean=0.0, std=std)
+
+    def __reduce_ex__(self, protocol):
+        # A class made at run time cannot be found by name; its two parents can.
+        return (_rebuild, (self._generic_class, self._dense_class), *super().__reduce_ex__(protocol)[2:])
+
+
+class MoEPreTrainedModel(_Combined, PreTrainedModel):
+    """Base of [`MoEModel`] and [`MoEForCausalLM`]: builds the dense model, then puts the MoE blocks in."""
+
+    config: MoEConfig
+    # Read from the generic class while the dense one is not known.
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_set_experts_implementation_cached_value = True
+
+    _forward_names: tuple[str, ...] = ()
+
+    # Called as `after_save(model, save_directory)` by code that does not travel with a checkpoint.
+    after_save = None
+
+    def __new__(cls, config=None, *args, **kwargs):
+        if cls._dense_class is None:
+            if not isinstance(config, MoEConfig):
+                raise MoEError(f"{cls.__name__} needs a MoEConfig, and got {type(config).__name__}.")
+            cls = _combine(cls, _dense_class(config, cls._dense_classes()))
+        return super().__new__(cls)
+
+    def __init__(self, config: MoEConfig, *args, **kwargs):
+        text_config = config.text_config
+        # The dense classes inside have no experts, and refuse a request for an implementation of them.
+        text_config._experts_implementation_internal = "eager"
+        self._dense_class.__init__(self, text_config, *args, **kwargs)
+        self.config = config
+        config._attn_implementation_internal = text_config._attn_implementation_internal
+        config._experts_implementation_internal = self._check_and_adjust_experts_implementation(
+            config._experts_implementation
+        )
+        base_model = self.base_model
+        if base_model is self and not isinstance(self, MoEModel):
+            raise MoEError(f"{self._dense_class.__name__} has no base model apart from its head; it is not supported.")
+        self._install_blocks(base_model)
+        self._adopt_submodels(base_model)
+        self.post_init()
+
+    def _install_blocks(self, base_model: nn.Module) -> None:
+        config = self.config
+        every = find_mlp_sites(base_model)
+        sites = [site for site in every if config.is_moe_layer(site.layer_index)]
+        if not sites:
+            raise MoEError(f"None of the layers of {type(base_model).__name__} that have an MLP is a MoE layer.")
+        widths = {site.intermediate_size for site in sites}
+        if config.moe_intermediate_size is None and len(widths) == 1:
+            # Tools that read the config alone need the number.
+            config.moe_intermediate_size = widths.pop()
+        for site in sites:
+            holder = holder_of(base_model, site)
+            check_one_expert_reproduces(holder, site)
+            block = MoEBlock(config, site, activation_of(holder, site))
+            _put_block(base_model, site, block.train(self.training))
+        base_model._moe_sites, base_model._has_dense_sites = sites, len(every) > len(sites)
+
+    def _adopt_submodels(self, base_model: nn.Module) -> None:
+        """Give each dense model above the blocks a class that initialises them; the base model becomes a `MoEModel`."""
+        submodels = [module for module in self.modules() if isinstance(module, PreTrainedModel) and module is not self]
+        for module in reversed(submodels):
+            if not any(isinstance(child, MoEBlock) for child in module.modules()):
+                continue
+            module.__class__ = _combine(MoEModel if module is base_model else _Combined, type(module))
+            if module is base_model:
+                module.config = self.config
+            _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
+            module.post_init()
+
+    def init_parallel_plans(self) -> None:
+        """The dense model's plans without its MLPs, and a tensor- and expert-parallel plan for the experts."""
+        super().init_parallel_plans()
+        sites = self.__dict__.get("_moe_sites")
+        if sites is None:
+            return
+        if not self._has_dense_sites:
+            replaced = tuple({f"{_wildcard(site.block)}." for site in sites})
+            self._tp_plan = {name: style for name, style in self._tp_plan.items() if not name.startswith(replaced)}
+        has_tensor_plan = bool(self._tp_plan)
+        for site in sites:
+            self._ep_plan.update(_expert_parallel_plan(_wildcard(site.block), site))
+            if has_tensor_plan:
+                self._tp_plan.update(_tensor_parallel_plan(_wildcard(site.block), site))
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, every_n_layers=1):
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise MoEError(
+                "use_reentrant=True loses the gradient of the router losses without a word; use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}, which is the default.'
+            )
+
+        def checkpointed(function, *args, **kwargs):
+            if not is_torchdynamo_compiling():
+                # The routers see the same padding and documents again when the layer is recomputed.
+                kwargs["context_fn"] = recompute_contexts
+            return gradient_checkpointing_func(function, *args, **kwargs)
+
+        super()._set_gradient_checkpointing(enable, checkpointed, every_n_layers)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; the code that defines the model goes along, for all three Auto classes."""
+        self.config.auto_map = {
+            "AutoConfig": "configuration_moe.MoEConfig",
+            "AutoModel": "modeling_moe.MoEModel",
+            "AutoModelForCausalLM": "modeling_moe.MoEForCausalLM",
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if MoEPreTrainedModel.after_save is not None and kwargs.get("is_main_process", True):
+            MoEPreTrainedModel.after_save(self, save_directory)
+
+    def _named_arguments(self, args: tuple, kwargs: dict) -> dict:
+        return dict(zip(self._forward_names, args, strict=False)) | kwargs
+
+    def _wants_record(self, output_router_logits: bool) -> bool:
+        config = self.config
+        has_losses = config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0
+        return output_router_logits or (self.training and has_losses)
+
+    def _describe_batch(self, current: RoutingPass, named: dict) -> None:
+        tokens = named.get("input_ids")
+        tokens = named.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            return
+        batch_size, sequence_length = current.batch_size, current.sequence_length = tokens.shape[:2]
+        attention_mask, position_ids = named.get("attention_mask"), named.get("position_ids")
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            current.token_mask = attention_mask[:, -sequence_length:].reshape(-1).bool()
+        elif attention_mask is None and position_ids is not None and position_ids.dim() == 2 and sequence_length > 1:
+            starts = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
+            row = torch.arange(batch_size, device=starts.device)[:, None] * sequence_length
+            current.document_ids = (starts.cumsum(-1) + row).reshape(-1)
+
+    def _router_losses(self, current: RoutingPass) -> dict[str, torch.Tensor] | None:
+        """Unweighted losses by name, each the mean over the MoE layers; None when nothing was recorded."""
+        if not current.record or not current.layers:
+            return None
+        balance, z_loss = [], []
+        device = current.layers[0].router_logits.device
+        for layer in current.layers:
+            mask = current.token_mask
+            mask = mask.to(layer.router_logits.device) if mask is not None else None
+            loss = load_balancing_loss(
+                layer.router_logits,
+                layer.top_k_index,
+                mask,
+                token_index=layer.token_index,
+                scoring_func=self.config.scoring_func,
+            )
+            balance.append(loss.to(device))
+            z_loss.append(router_z_loss(layer.router_logits, mask).to(device))
+        return {
+            "load_balancing_loss": torch.stack(balance).mean(),
+            "router_z_loss": torch.stack(z_loss).mean(),
+        }
+
+
+def _dense_class(config: MoEConfig, mapping) -> type:
+    text_config = config.text_config
+    if text_config.is_encoder_decoder or getattr(text_config, "is_decoder", True) is False:
+        raise MoEError(f"text_config is a {type(text_config).__name__}, which is not a decoder; give a causal LM's.")
+    try:
+        dense = mapping[type(text_config)]
+    except KeyError:
+        raise MoEError(
+            f"transformers has no causal language model for {type(text_config).__name__} "
+            f"(model_type {text_config.model_type!r}); give the config of a dense decoder."
+        ) from None
+    return dense[0] if isinstance(dense, tuple) else dense
+
+
+class MoEModel(MoEPreTrainedModel):
+    """The decoder without a head. Its forward has the dense model's arguments, and `output_router_logits`."""
+
+    @staticmethod
+    def _dense_classes():
+        return MODEL_MAPPING
+
+    def forward(self, *args, **kwargs):
+        """Run the dense model's forward; with recording, add the router logits and losses to its output."""
+        named = self._named_arguments(args, kwargs)
+        current = current_routing_pass()
+        if current is not None and not current.has_model:
+            # Called by a head, which opened the pass and reads what the routers recorded in it.
+            current.has_model = True
+            self._describe_batch(current, named)
+            return super().forward(**named)
+        return_dict = named.pop("return_dict", None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        output_router_logits = named.pop("output_router_logits", None)
+        output_router_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        with routing_pass(RoutingPass(record=self._wants_record(output_router_logits), has_model=True)) as current:
+            self._describe_batch(current, named)
+            outputs = super().forward(**named, return_dict=True)
+        outputs = _extended(
+            MoEModelOutput,
+            outputs,
+            router_logits=tuple(layer.router_logits for layer in current.layers) if output_router_logits else None,
+            router_losses=self._router_losses(current),
+        )
+        return outputs if return_dict else outputs.to_tuple()
+
+
+class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
+    """The decoder with its language-modelling head; the dense model's arguments, and `output_router_logits`."""
+
+    @staticmethod
+    def _dense_classes():
+        return MODEL_FOR_CAUSAL_LM_MAPPING
+
+    def forward(self, *args, **kwargs):
+        """Run the dense model's forward; in training add the weighted router losses to its loss, once.
+
+        With `num_items_in_batch` (the labels of a whole accumulated batch) the router losses are weighted by this
+        micro-batch's share of those labels, as the language-modelling loss is.
+        """
+        named = self._named_arguments(args, kwargs)
+        return_dict = named.pop("return_dict", None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        output_router_logits = named.pop("output_router_logits", None)
+        output_router_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        with routing_pass(RoutingPass(record=self._wants_record(output_router_logits))) as current:
+            # Some heads call the decoder inside the base model, which then does not describe the batch itself.
+            self._describe_batch(current, named)
+            outputs = super().forward(**named, return_dict=True)
+        loss, aux_loss = outputs.loss, None
+        router_losses = self._router_losses(current)
+        if router_losses is not None:
+            config = self.config
+            aux_loss = (
+                config.router_aux_loss_coef * router_losses["load_balancing_loss"]
+                + config.router_z_loss_coef * router_losses["router_z_loss"]
+            )
+            if self.training:
+                aux_loss = aux_loss * _share_of_labels(named)
+                if loss is not None:
+                    loss = loss + aux_loss.to(loss.device, loss.dtype)
+        outputs = _extended(
+            MoECausalLMOutput,
+            outputs,
+            loss=loss,
+            aux_loss=aux_loss,
+            router_logits=tuple(layer.router_logits for layer in current.layers) if output_router_logits else None,
+            router_losses=router_losses,
+        )
+        return outputs if return_dict else outputs.to_tuple()
+
+
+def _share_of_labels(named: dict) -> torch.Tensor | float:
+    """This micro-batch's labels over `num_items_in_batch`; 1 when that is not given."""
+    num_items = named.get("num_items_in_batch")
+    labels, shift_labels = named.get("labels"), named.get("shift_labels")
+    if num_items is None or (labels is None and shift_labels is None):
+        return 1.0
+    labels = labels[..., 1:] if shift_labels is None else shift_labels
+    count = (labels != -100).sum()
+    return count / (num_items.to(count.device) if isinstance(num_items, torch.Tensor) else num_items)
+
+
+# A saved model carries this code, and so does one that was loaded with it.
+MoEConfig.register_for_auto_class()
+MoEModel.register_for_auto_class("AutoModel")
+MoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["MoECausalLMOutput", "MoEConfig", "MoEForCausalLM", "MoEModel", "MoEModelOutput", "MoEPreTrainedModel"]

@@ -1,0 +1,148 @@
+"""One MoE layer: router, routed experts and, if asked for, a shared expert, in the place of a dense MLP.
+
+Letters: B batch, S sequence, T = B * S tokens, D model width, E experts, K experts per token, R rows.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.utils.output_capturing import CompileableContextVar
+
+from .configuration_moe import MoEConfig
+from .dense_mlp import MLPSite
+from .experts import SharedExpert, make_experts
+from .routing import RoutingContext, routing_function, wide
+
+
+@dataclass
+class LayerRouting:
+    """What the router of one layer decided in one forward pass."""
+
+    layer_index: int
+    router_logits: torch.Tensor
+    top_k_index: torch.Tensor
+    token_index: torch.Tensor | None = None
+    stats: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class RoutingPass:
+    """What one forward pass of the model tells its routers, and, when `record`, what they answer.
+
+    A dense decoder layer calls its MLP with the hidden states alone, so this reaches the routers through a context
+    variable, which also survives the threads of data-parallel replicas and of the autograd engine.
+    """
+
+    batch_size: int = 1
+    sequence_length: int = 1
+    token_mask: torch.Tensor | None = None
+    document_ids: torch.Tensor | None = None
+    record: bool = False
+    has_model: bool = False
+    layers: list[LayerRouting] = field(default_factory=list)
+
+
+_ROUTING_PASS = CompileableContextVar("moe_hf_routing_pass")
+
+
+def current_routing_pass() -> RoutingPass | None:
+    """The forward pass that is running, or None outside one."""
+    return _ROUTING_PASS.get()
+
+
+@contextmanager
+def routing_pass(value: RoutingPass):
+    """Make `value` the forward pass that the routers inside see."""
+    token = _ROUTING_PASS.set(value)
+    try:
+        yield value
+    finally:
+        _ROUTING_PASS.reset(token)
+
+
+def recompute_contexts():
+    """Contexts for a checkpointed forward and its recomputation, which sees the same pass and records nothing."""
+    outer = current_routing_pass() or RoutingPass()
+    return routing_pass(outer), routing_pass(replace(outer, record=False, layers=[]))
+
+
+class Router(nn.Module):
+    """Scores the experts for each token and chooses among them; computed in float32 whatever the model's dtype."""
+
+    def __init__(self, config: MoEConfig, site: MLPSite):
+        super().__init__()
+        self.config = config
+        self.layer_index = site.layer_index
+        self.function = routing_function(config)
+        self.weight = nn.Parameter(torch.empty(config.num_experts, site.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(T, D) -> router_logits (T, E), top_k_weights (T, K), top_k_index (T, K).
+
+        With a varying number of experts per token: weights and index are (R, 1), followed by token_index (R,).
+        """
+        inputs = wide(hidden_states)
+        if self.training and self.config.router_jitter_noise > 0:
+            noise = self.config.router_jitter_noise
+            inputs = inputs * torch.empty_like(inputs).uniform_(1 - noise, 1 + noise)
+        # Autocast would cast the operands of F.linear back to bfloat16.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            router_logits = F.linear(inputs, self.weight.to(inputs.dtype))  # (T, E)
+            current = current_routing_pass() or RoutingPass(sequence_length=hidden_states.shape[0])
+            routing = self.function(router_logits, self._context(hidden_states, current))
+        if current.record:
+            current.layers.append(
+                LayerRouting(self.layer_index, router_logits, routing.top_k_index, routing.token_index, routing.stats)
+            )
+        result = (router_logits, routing.top_k_weights, routing.top_k_index)
+        return result if routing.token_index is None else (*result, routing.token_index)
+
+    def _context(self, hidden_states: torch.Tensor, current: RoutingPass) -> RoutingContext:
+        return RoutingContext(
+            config=self.config,
+            layer_index=self.layer_index,
+            hidden_states=hidden_states,
+            training=self.training,
+            batch_size=current.batch_size,
+            sequence_length=current.sequence_length,
+            token_mask=current.token_mask,
+            document_ids=current.document_ids,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.config.router_type}, experts={self.weight.shape[0]}, per_token={self.config.num_experts_per_tok}"
+
+
+class MoEBlock(nn.Module):
+    """Routes each token to K of E experts and returns the weighted sum of their outputs, plus the shared expert's."""
+
+    def __init__(self, config: MoEConfig, site: MLPSite, act_fn):
+        super().__init__()
+        self.gate = Router(config, site)
+        self.experts = make_experts(config, site, act_fn)
+        self.shared_expert = self.shared_expert_gate = None
+        if config.shared_expert_intermediate_size > 0:
+            self.shared_expert = SharedExpert(config, site, act_fn)
+            if config.shared_expert_gate:
+                self.shared_expert_gate = nn.Linear(site.hidden_size, 1, bias=False)
+        self.dropout = nn.Dropout(site.dropout)
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., D) -> (..., D). Families whose MLP adds the residual stream itself pass it as `residual`."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, D)
+        _, top_k_weights, top_k_index, *token_index = self.gate(tokens)
+        if token_index:
+            rows = self.experts(tokens[token_index[0]], top_k_index, top_k_weights)  # (R, D)
+            output = torch.zeros_like(tokens).index_add(0, token_index[0], rows)
+        else:
+            output = self.experts(tokens, top_k_index, top_k_weights)  # (T, D)
+        if self.shared_expert is not None:
+            shared = self.shared_expert(tokens)  # (T, D)
+            if self.shared_expert_gate is not None:
+                shared = shared * self.shared_expert_gate(tokens).sigmoid()
+            output = output + shared
+        output = self.dropout(output.view_as(hidden_states))
+        return output if residual is None else residual + output

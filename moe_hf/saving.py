@@ -1,0 +1,296 @@
+"""Write folders that are whole or absent, prove later that they still are, and check shards before they are loaded.
+
+A folder is written under a temporary sibling name, flushed to the disk, described by a manifest (sha256 and size of
+each file) that is written last, and then renamed in one step.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from moe_hf.errors import MoEError
+
+
+MANIFEST_NAME = "moe_hf_manifest.json"
+# The card is a text that people edit after the save, so it is no part of what the manifest holds.
+UNLISTED_NAMES = frozenset({MANIFEST_NAME, "README.md"})
+# The safetensors library itself refuses a longer header.
+_MAX_SAFETENSORS_HEADER = 100_000_000
+_CHUNK_BYTES = 1 << 20
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends, or vanishes when the block fails.
+
+    Args:
+        path (`str` or `os.PathLike`): the destination; it must not exist. Missing parents are made.
+
+    Yields:
+        `pathlib.Path` of the temporary folder `.NAME.tmp-PID` beside the destination: write all files there.
+
+    Raises:
+        `MoEError`: the destination exists, or its parent cannot be written.
+
+    Example:
+        ```python
+        with atomic_folder("my-moe") as folder:
+            model.save_pretrained(folder)
+        ```
+    """
+    destination = Path(os.path.abspath(path))
+    _refuse_existing(destination)
+    made = _make_parents(destination)
+    temporary = temporary_sibling(destination)
+    try:
+        _make_folder(temporary)
+        yield temporary
+        publish_folder(temporary, destination)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in reversed(made):
+            _remove_if_empty(parent)
+        raise
+
+
+def temporary_sibling(path: str | os.PathLike, tag: str | int | None = None) -> Path:
+    """Name of the temporary folder of a destination: `.NAME.tmp-TAG` beside it.
+
+    Args:
+        path (`str` or `os.PathLike`): the destination.
+        tag (`str` or `int`, *optional*): the process id of this process by default; processes that write one folder
+            together pass the same tag.
+    """
+    destination = Path(os.path.abspath(path))
+    return destination.with_name(f".{destination.name}.tmp-{os.getpid() if tag is None else tag}")
+
+
+def publish_folder(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Flush a finished temporary folder, add its manifest and rename it to its destination.
+
+    Args:
+        temporary (`str` or `os.PathLike`): the folder with all files, on the same file system as `path`.
+        path (`str` or `os.PathLike`): the destination, which must not exist.
+
+    Raises:
+        `MoEError`: the destination exists.
+    """
+    temporary, destination = Path(temporary), Path(os.path.abspath(path))
+    write_manifest(temporary)
+    for folder, _, _ in os.walk(temporary, topdown=False):
+        _fsync(folder)
+    # os.replace puts a folder in the place of an empty one without a word, so the check is repeated here.
+    _refuse_existing(destination)
+    try:
+        os.replace(temporary, destination)
+    except OSError as error:
+        raise MoEError(f"{destination} could not be put in place: {error.strerror or error}.") from error
+    _fsync(destination.parent)
+
+
+def write_manifest(folder: str | os.PathLike) -> Path:
+    """Write `moe_hf_manifest.json`: the sha256 and the size in bytes of each file of a folder, flushed to the disk.
+
+    The manifest itself and `README.md` are not listed.
+
+    Args:
+        folder (`str` or `os.PathLike`): the folder, taken with all its sub-folders.
+
+    Returns:
+        `pathlib.Path` of the manifest.
+    """
+    folder = Path(folder)
+    files = {}
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        _fsync(file)
+        if file.name not in UNLISTED_NAMES:
+            files[file.relative_to(folder).as_posix()] = {"sha256": file_sha256(file), "size": file.stat().st_size}
+    manifest = folder / MANIFEST_NAME
+    manifest.write_text(json.dumps({"format_version": 1, "files": files}, indent=2) + "\n", encoding="utf-8")
+    _fsync(manifest)
+    return manifest
+
+
+def verify_manifest(folder: str | os.PathLike, *, sizes_only: bool = False) -> None:
+    """Check that each file of a folder is as its manifest says; files that are not listed are not looked at.
+
+    Args:
+        folder (`str` or `os.PathLike`): a folder written by `atomic_folder` or `write_manifest`.
+        sizes_only (`bool`, *optional*, defaults to `False`): compare sizes and do not read the files; finds missing
+            and truncated files, not changed bytes.
+
+    Raises:
+        `MoEError`: there is no manifest, or it cannot be read; else names the first file that is missing, truncated or
+            changed.
+    """
+    folder = _existing_folder(folder)
+    manifest = folder / MANIFEST_NAME
+    if not manifest.is_file():
+        raise MoEError(f"{folder} has no {MANIFEST_NAME}: it was not written whole by moe_hf.")
+    files = _read_json(manifest).get("files")
+    if not isinstance(files, dict):
+        raise MoEError(f"{manifest} has no table 'files': it is damaged; use another copy of the folder.")
+    for name, fact in files.items():
+        _refuse_outside(name, manifest)
+        if not isinstance(fact, dict) or not {"size", "sha256"} <= fact.keys():
+            raise MoEError(f"{manifest} says neither size nor sha256 of {name!r}: it is damaged.")
+        file = folder / name
+        if not file.is_file():
+            raise MoEError(f"{file} is missing: the manifest of its folder lists it. Use another copy of the folder.")
+        size = file.stat().st_size
+        if size != fact["size"]:
+            kind = "truncated" if size < fact["size"] else "changed"
+            raise MoEError(f"{file} is {kind}: {size} bytes, {fact['size']} when it was saved. Use another copy.")
+        if not sizes_only and file_sha256(file) != fact["sha256"]:
+            raise MoEError(f"{file} is changed: its sha256 is not the one it was saved with. Use another copy.")
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """sha256 of a file's bytes, in lower-case hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_shard_index(folder: str | os.PathLike) -> None:
+    """Check the weight files of a local checkpoint before it is loaded; only headers are read.
+
+    `from_pretrained` follows a shard name that leads out of the folder, and its messages for damaged files do not name
+    them all.
+
+    Args:
+        folder (`str` or `os.PathLike`): a local checkpoint folder.
+
+    Raises:
+        `MoEError`: the folder or its weights are missing; an index is no JSON, has no or an empty `weight_map`, names a
+            file outside the folder or a file or tensor that is not there; a safetensors file is truncated or damaged.
+    """
+    folder = _existing_folder(folder)
+    indexes = sorted(folder.glob("*.index.json"))
+    singles = sorted(folder.glob("*.safetensors"))
+    if not indexes and not singles and not any(folder.glob("*.bin")):
+        raise MoEError(
+            f"{folder} has no weights: expected model.safetensors, or model.safetensors.index.json with its shards."
+        )
+    for index in indexes:
+        _check_index(index)
+    if not indexes:
+        for file in singles:
+            _safetensors_names(file)
+
+
+def _check_index(index: Path) -> None:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise MoEError(f"{index} has no entry in 'weight_map': it names no weights. Use another copy of the checkpoint.")
+    tensors_of: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        _refuse_outside(shard, index)
+        tensors_of.setdefault(shard, set()).add(tensor)
+    for shard, tensors in sorted(tensors_of.items()):
+        file = index.parent / shard
+        if not file.is_file():
+            raise MoEError(f"Shard {shard} is missing from {index.parent}: {index.name} names it.")
+        if file.suffix == ".safetensors":
+            absent = sorted(tensors - _safetensors_names(file))
+            if absent:
+                raise MoEError(f"{file} lacks {absent[0]!r} and {len(absent) - 1} others that {index.name} puts there.")
+
+
+def _safetensors_names(path: Path) -> set[str]:
+    """Tensor names of a safetensors file whose length agrees with its header."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+        if length is None or 8 + length > size:
+            raise MoEError(f"{path} is truncated: {size} bytes are less than its header. Use another copy of the file.")
+        if length > _MAX_SAFETENSORS_HEADER:
+            raise MoEError(f"{path} is no safetensors file: it declares a header of {length} bytes.")
+        header = file.read(length)
+    try:
+        tensors = {name: fact for name, fact in json.loads(header).items() if name != "__metadata__"}
+        data_bytes = max((fact["data_offsets"][1] for fact in tensors.values()), default=0)
+        expected = 8 + length + data_bytes
+    except (ValueError, AttributeError, KeyError, IndexError, TypeError, RecursionError) as error:
+        raise MoEError(f"{path} is no safetensors file: its header cannot be read.") from error
+    if size != expected:
+        kind = "truncated" if size < expected else "damaged"
+        raise MoEError(f"{path} is {kind}: {size} bytes, its header tells {expected}. Use another copy of the file.")
+    return set(tensors)
+
+
+def _refuse_outside(name: Any, source: Path) -> None:
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise MoEError(f"{source} names {name!r} where a file name is expected.")
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+        raise MoEError(f"{source} names {name!r}, which is outside of its folder: it was not loaded.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise MoEError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise MoEError(f"{path} holds a JSON {type(content).__name__}, an object is expected.")
+    return content
+
+
+def _existing_folder(folder: str | os.PathLike) -> Path:
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise MoEError(f"{folder} {what}: a folder with a checkpoint is expected.")
+    return folder
+
+
+def _refuse_existing(destination: Path) -> None:
+    if os.path.lexists(destination):
+        raise MoEError(f"{destination} exists: nothing was written. Choose another folder, or remove it first.")
+
+
+def _make_parents(destination: Path) -> list[Path]:
+    missing = [parent for parent in destination.parents if not parent.exists()][::-1]
+    made = []
+    for parent in missing:
+        try:
+            parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise MoEError(f"{parent} cannot be made for {destination}: {error.strerror or error}.") from error
+        made.append(parent)
+    return made
+
+
+def _make_folder(temporary: Path) -> None:
+    # What lies under this name was left by a process of the same number that was killed.
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise MoEError(f"{temporary.parent} cannot be written: {error.strerror or error}.") from error
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        # Another process uses the folder: it stays.
+        pass
+
+
+def _fsync(path: str | os.PathLike) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
