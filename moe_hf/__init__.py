@@ -1,18 +1,37 @@
 """Mixture-of-Experts for Hugging Face Transformers: upcycle a dense causal LM, fine-tune its experts, share it."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from importlib import import_module
 
-from moe_hf.modeling.configuration_moe import MoEConfig, MoEError
-from moe_hf.modeling.modeling_moe import MoEForCausalLM, MoEModel
-from moe_hf.modeling.routing import register_router
-from moe_hf.upcycling import upcycle, verify
+from moe_hf.auto_classes import register_when_loaded
 
 
 __version__ = "0.1.0"
 
-AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
-AutoModel.register(MoEConfig, MoEModel, exist_ok=True)
-AutoModelForCausalLM.register(MoEConfig, MoEForCausalLM, exist_ok=True)
+# Public names and their modules, which are imported when a name is first used: the models need torch, seconds to load.
+_MODULES = {
+    "MoEConfig": "moe_hf.modeling.configuration_moe",
+    "MoEError": "moe_hf.modeling.configuration_moe",
+    "MoEForCausalLM": "moe_hf.modeling.modeling_moe",
+    "MoEModel": "moe_hf.modeling.modeling_moe",
+    "MoETrainer": "moe_hf.trainer",
+    "MoETrainingArguments": "moe_hf.trainer",
+    "inspect_model": "moe_hf.inspection",
+    "register_router": "moe_hf.modeling.routing",
+    "upcycle": "moe_hf.upcycling",
+    "verify": "moe_hf.upcycling",
+}
+__all__ = list(_MODULES)
 
 
-__all__ = ["MoEConfig", "MoEError", "MoEForCausalLM", "MoEModel", "register_router", "upcycle", "verify"]
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module 'moe_hf' has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])
+
+
+register_when_loaded()

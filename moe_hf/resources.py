@@ -20,7 +20,9 @@ def resource_path(name: str) -> Path:
     """
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or "\\" in name:
-        raise MoEError(f"A resource is named by a path inside the project, such as 'model_cards/template.md': {name!r}.")
+        raise MoEError(
+            f"A resource is named by a path inside the project, such as 'model_cards/template.md': {name!r}."
+        )
     places = (_PACKAGE / parts, _PACKAGE.parent / parts)
     for place in places:
         if place.is_file():

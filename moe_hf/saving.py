@@ -10,7 +10,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -190,7 +190,9 @@ def check_shard_index(folder: str | os.PathLike) -> None:
 def _check_index(index: Path) -> None:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise MoEError(f"{index} has no entry in 'weight_map': it names no weights. Use another copy of the checkpoint.")
+        raise MoEError(
+            f"{index} has no entry in 'weight_map': it names no weights. Use another copy of the checkpoint."
+        )
     tensors_of: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
         _refuse_outside(shard, index)
@@ -202,7 +204,9 @@ def _check_index(index: Path) -> None:
         if file.suffix == ".safetensors":
             absent = sorted(tensors - _safetensors_names(file))
             if absent:
-                raise MoEError(f"{file} lacks {absent[0]!r} and {len(absent) - 1} others that {index.name} puts there.")
+                raise MoEError(
+                    f"{file} lacks {absent[0]!r} and {len(absent) - 1} others that {index.name} puts there."
+                )
 
 
 def _safetensors_names(path: Path) -> set[str]:
@@ -212,7 +216,9 @@ def _safetensors_names(path: Path) -> set[str]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
         if length is None or 8 + length > size:
-            raise MoEError(f"{path} is truncated: {size} bytes are less than its header. Use another copy of the file.")
+            raise MoEError(
+                f"{path} is truncated: {size} bytes are less than its header. Use another copy of the file."
+            )
         if length > _MAX_SAFETENSORS_HEADER:
             raise MoEError(f"{path} is no safetensors file: it declares a header of {length} bytes.")
         header = file.read(length)
@@ -281,11 +287,9 @@ def _make_folder(temporary: Path) -> None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    try:
+    # A folder that another process uses by then is not empty, and stays.
+    with suppress(OSError):
         folder.rmdir()
-    except OSError:
-        # Another process uses the folder: it stays.
-        pass
 
 
 def _fsync(path: str | os.PathLike) -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from tests.family_fields import FAMILY_FIELDS
+
 
 # Asked for by the names that most families share; a family that has no such field ignores it.
 # All differ where they can become a tensor's size: D 48, F 88, V 113, 3 layers, 6 heads of 16, 2 key-value heads.
@@ -28,55 +30,6 @@ SIZES = {
 FEED_FORWARD_NAMES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 FEED_FORWARD_SIZE = 88
 
-GEMMA_ROPE = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-    "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
-}
-MAMBA = {"mamba_n_heads": 12, "mamba_d_head": 8, "mamba_d_state": 10, "mamba_chunk_size": 8, "mamba_n_groups": 1}
-LATENT_ATTENTION = {
-    "num_key_value_heads": 6,
-    "kv_lora_rank": 20,
-    "q_lora_rank": 28,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 12,
-    "v_head_dim": 10,
-}
-HYBRID = ["linear_attention", "full_attention", "linear_attention"]
-LINEAR_ATTENTION = {"linear_num_key_heads": 3, "linear_key_head_dim": 12, "linear_value_head_dim": 20}
-
-# What a family needs beyond SIZES to be small, or to be a dense decoder at all.
-FAMILY_FIELDS = {
-    "bamba": {**MAMBA, "attn_layer_indices": [1]},
-    "beam": {"mlp_layer_types": ["dense"] * 3},
-    "bloom": {"num_attention_heads": 4},
-    "codegen": {"rotary_dim": 4, "num_attention_heads": 4},
-    "doge": {"keep_window_size": 64},
-    "falcon": {"ffn_hidden_size": 88},
-    "falcon_h1": {**MAMBA, "mamba_d_ssm": 96},
-    "flint": {"mlp_only_layers": [0, 1, 2]},
-    "gemma3n_text": {
-        "intermediate_size": [88] * 3,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "activation_sparsity_pattern": [0.0] * 3,
-        "num_kv_shared_layers": 0,
-        "vocab_size_per_layer_input": 101,
-        "hidden_size_per_layer_input": 12,
-        "laurel_rank": 10,
-    },
-    "gemma4_text": {"vocab_size_per_layer_input": 113, "hidden_size_per_layer_input": 12},
-    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]], "window_size": 8},
-    "gptj": {"rotary_dim": 4},
-    "helium": {"head_dim": 8},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
-    "lfm3": {"layer_types": ["conv", "full_attention", "sliding_attention"]},
-    "minicpm3": {**LATENT_ATTENTION, "head_dim": 8, "dim_model_base": 16},
-    "moshi": {"ffn_dim": 176, "audio_vocab_size": 113},
-    "olmo_hybrid": {**LINEAR_ATTENTION, "layer_types": HYBRID, "linear_num_value_heads": 3},
-    "qwen3_5_text": {**LINEAR_ATTENTION, "layer_types": HYBRID, "linear_num_value_heads": 6},
-    "recurrent_gemma": {"lru_width": 60, "block_types": ["recurrent", "attention", "recurrent"]},
-    "youtu": {**LATENT_ATTENTION, "head_dim": 8},
-}
-
 
 def tiny_config(family: str, **overrides) -> PreTrainedConfig:
     """Return the smallest useful config of `family` (a `model_type` of transformers); `overrides` win."""
@@ -94,7 +47,7 @@ def randomise_(model: nn.Module, seed: int = 0) -> None:
     """Redraw the parameters of `model` in place: no norm stays one, no bias zero, and no layer is negligible."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for parameter in module.parameters(recurse=False):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim < 2:
                 parameter.add_(0.2 * noise)

@@ -211,7 +211,12 @@ class MoEConfig(PreTrainedConfig):
                 raise MoEError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
         if self.shared_expert_gate and self.shared_expert_intermediate_size == 0:
             raise MoEError("shared_expert_gate=True needs a shared expert: set shared_expert_intermediate_size.")
-        layers = self.num_hidden_layers
+        layers = getattr(self.text_config, "num_hidden_layers", None)
+        if layers is None:
+            raise MoEError(
+                f"text_config is a {type(self.text_config).__name__}, which has no decoder layers of its own (a model "
+                "of several parts?); give the config of its text decoder."
+            )
         outside = [i for i in self.mlp_only_layers if not 0 <= i < layers]
         if outside:
             raise MoEError(f"mlp_only_layers names layers {outside}; the model has layers 0 to {layers - 1}.")
@@ -220,6 +225,9 @@ class MoEConfig(PreTrainedConfig):
                 f"first_k_dense_replace={self.first_k_dense_replace}, decoder_sparse_step={self.decoder_sparse_step} "
                 f"and mlp_only_layers={self.mlp_only_layers} leave none of the {layers} layers with experts."
             )
+
+    def validate_layer_type(self):
+        """Part of the strict validation: `text_config` has checked its own layer types, which only its class knows."""
 
     def is_moe_layer(self, layer_index: int) -> bool:
         """Whether decoder layer `layer_index` (from 0) has experts."""
@@ -233,14 +241,30 @@ class MoEConfig(PreTrainedConfig):
         """This config itself: it answers for the dense fields, and tools look for `num_experts` and the like here."""
         return self
 
+    @property
+    def base_model_tp_plan(self) -> dict | None:
+        """Tensor-parallel plan of the dense decoder; the model adds its experts'."""
+        return self.text_config.base_model_tp_plan
+
+    @property
+    def base_model_pp_plan(self) -> dict | None:
+        """Pipeline plan of the dense decoder."""
+        return self.text_config.base_model_pp_plan
+
+    @property
+    def base_model_fsdp_plan(self) -> dict:
+        """FSDP plan of the dense decoder."""
+        return self.text_config.base_model_fsdp_plan
+
     def to_diff_dict(self) -> dict[str, Any]:
         # Whole, not as a difference from the family's defaults, which may change between transformers versions.
         return {**super().to_diff_dict(), "text_config": self.to_dict()["text_config"]}
 
     def __getattr__(self, name: str) -> Any:
-        # transformers probes for optional fields while the config is being built; those belong to text_config alone.
+        # transformers probes for optional fields while the config is being built; those belong to text_config alone, and
+        # so does what it keeps under private names, such as the differences between layers.
         text_config = self.__dict__.get("text_config")
-        if name.startswith("__") or "_post_init_done" not in self.__dict__ or text_config is None:
+        if name.startswith("_") or "_post_init_done" not in self.__dict__ or text_config is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         try:
             return getattr(text_config, name)

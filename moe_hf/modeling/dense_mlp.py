@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from .configuration_moe import MoEError
 
 
-MLP_ATTRIBUTES = ("mlp", "feed_forward", "ffn")
+MLP_ATTRIBUTES = ("mlp", "feed_forward", "ffn", "mlp_block", "mixer", "shared_mlp")
 INLINE_ATTRIBUTE = "mlp"
 
 # (gate, up, down); without a gate, `up` may hold gate and up fused, which its shape tells.
@@ -30,6 +30,8 @@ PROJECTIONS = (
     (None, "fc1", "fc2"),
     (None, "dense_h_to_4h", "dense_4h_to_h"),
     (None, "fc_in", "fc_out"),
+    (None, "Wi", "Wo"),
+    (None, "input_linear", "output_linear"),
 )
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "gelu_impl", "activation", "activation_func")
 OUTPUT_DROPOUTS = ("hidden_dropout", "residual_dropout")
@@ -136,8 +138,10 @@ def find_mlp_sites(base_model: nn.Module) -> list[MLPSite]:
         MoEError: when no layer has a known MLP, or one already has experts.
     """
     best: list[MLPSite] = []
+    # Of this length, so that the layers of a vision or audio tower are not taken for the decoder's.
+    depth = base_model.config.num_hidden_layers
     for name, layers in base_model.named_modules():
-        if isinstance(layers, nn.ModuleList):
+        if isinstance(layers, nn.ModuleList) and len(layers) == depth:
             sites = [_site_of_layer(layer, i, f"{name}.{i}") for i, layer in enumerate(layers)]
             sites = [site for site in sites if site is not None]
             best = max(best, sites, key=len)

@@ -13,8 +13,15 @@ from functools import cache
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, GenerationMixin, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -177,9 +184,12 @@ def _tensor_parallel_plan(block: str, site: MLPSite) -> dict[str, str]:
     }
 
 
+_KNOWN_FIELDS = {cls: frozenset(f.name for f in fields(cls)) for cls in (MoEModelOutput, MoECausalLMOutput)}
+
+
 def _extended(output_class: type, outputs, **more):
     """`outputs` of the dense model as an `output_class`, with fields added; fields it does not know are kept too."""
-    known = {field.name for field in fields(output_class)}
+    known = _KNOWN_FIELDS[output_class]
     result = output_class(**{k: v for k, v in outputs.items() if k in known and k not in more}, **more)
     for name, value in outputs.items():
         if name not in known:
@@ -192,6 +202,14 @@ class _Combined:
 
     _generic_class: type | None = None
     _dense_class: type | None = None
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: like transformers' own models this one initialises through `transformers.initialization`.
+
+        Otherwise loading skips a module whose parameters were all loaded, and leaves its computed buffers undefined.
+        """
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -225,18 +243,21 @@ class MoEPreTrainedModel(_Combined, PreTrainedModel):
 
     _forward_names: tuple[str, ...] = ()
 
-    # Called as `after_save(model, save_directory)` by code that does not travel with a checkpoint.
-    after_save = None
+    # Called as `push_hook(model, repo_id, **kwargs)` in place of transformers' push. The installed package sets it, to
+    # push tokenizer and card along; code that travelled with a checkpoint does without.
+    push_hook = None
 
     def __new__(cls, config=None, *args, **kwargs):
         if cls._dense_class is None:
-            if not isinstance(config, MoEConfig):
+            # Not by class: transformers loads the two files of a local folder into modules that share no classes.
+            if getattr(config, "model_type", None) != MoEConfig.model_type:
                 raise MoEError(f"{cls.__name__} needs a MoEConfig, and got {type(config).__name__}.")
             cls = _combine(cls, _dense_class(config, cls._dense_classes()))
         return super().__new__(cls)
 
     def __init__(self, config: MoEConfig, *args, **kwargs):
         text_config = config.text_config
+        _check_activation(text_config)
         # The dense classes inside have no experts, and refuse a request for an implementation of them.
         text_config._experts_implementation_internal = "eager"
         self._dense_class.__init__(self, text_config, *args, **kwargs)
@@ -319,8 +340,11 @@ class MoEPreTrainedModel(_Combined, PreTrainedModel):
             "AutoModelForCausalLM": "modeling_moe.MoEForCausalLM",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
-        if MoEPreTrainedModel.after_save is not None and kwargs.get("is_main_process", True):
-            MoEPreTrainedModel.after_save(self, save_directory)
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """As in transformers; where moe_hf is installed, `tokenizer` and the other arguments of `push_model` too."""
+        hook = MoEPreTrainedModel.push_hook
+        return super().push_to_hub(repo_id, **kwargs) if hook is None else hook(self, repo_id, **kwargs)
 
     def _named_arguments(self, args: tuple, kwargs: dict) -> dict:
         return dict(zip(self._forward_names, args, strict=False)) | kwargs
@@ -370,8 +394,9 @@ class MoEPreTrainedModel(_Combined, PreTrainedModel):
 
 def _dense_class(config: MoEConfig, mapping) -> type:
     text_config = config.text_config
-    if text_config.is_encoder_decoder or getattr(text_config, "is_decoder", True) is False:
-        raise MoEError(f"text_config is a {type(text_config).__name__}, which is not a decoder; give a causal LM's.")
+    not_decoder = f"text_config is a {type(text_config).__name__}, which is not a decoder; give a causal LM's."
+    if text_config.is_encoder_decoder:
+        raise MoEError(not_decoder)
     try:
         dense = mapping[type(text_config)]
     except KeyError:
@@ -379,7 +404,20 @@ def _dense_class(config: MoEConfig, mapping) -> type:
             f"transformers has no causal language model for {type(text_config).__name__} "
             f"(model_type {text_config.model_type!r}); give the config of a dense decoder."
         ) from None
-    return dense[0] if isinstance(dense, tuple) else dense
+    dense = dense[0] if isinstance(dense, tuple) else dense
+    arguments = inspect.signature(dense.forward).parameters
+    # Some pure decoders have the field too, and do not read it; what can be an encoder takes another's states.
+    is_encoder = "encoder_hidden_states" in arguments and getattr(text_config, "is_decoder", True) is False
+    if is_encoder or "decoder_input_ids" in arguments:
+        raise MoEError(not_decoder)
+    return dense
+
+
+def _check_activation(text_config: PreTrainedConfig) -> None:
+    for name in ("hidden_act", "hidden_activation", "activation_function"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, str) and value not in ACT2FN:
+            raise MoEError(f"{name} of text_config is {value!r}; it must be one of {sorted(ACT2FN)}.")
 
 
 class MoEModel(MoEPreTrainedModel):
@@ -445,7 +483,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
                 + config.router_z_loss_coef * router_losses["router_z_loss"]
             )
             if self.training:
-                aux_loss = aux_loss * _share_of_labels(named)
+                aux_loss = aux_loss * _share_of_labels(named, aux_loss.dtype)
                 if loss is not None:
                     loss = loss + aux_loss.to(loss.device, loss.dtype)
         outputs = _extended(
@@ -459,14 +497,14 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         return outputs if return_dict else outputs.to_tuple()
 
 
-def _share_of_labels(named: dict) -> torch.Tensor | float:
+def _share_of_labels(named: dict, dtype: torch.dtype) -> torch.Tensor | float:
     """This micro-batch's labels over `num_items_in_batch`; 1 when that is not given."""
     num_items = named.get("num_items_in_batch")
     labels, shift_labels = named.get("labels"), named.get("shift_labels")
     if num_items is None or (labels is None and shift_labels is None):
         return 1.0
     labels = labels[..., 1:] if shift_labels is None else shift_labels
-    count = (labels != -100).sum()
+    count = (labels != -100).sum().to(dtype)
     return count / (num_items.to(count.device) if isinstance(num_items, torch.Tensor) else num_items)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers.utils.output_capturing import CompileableContextVar
 
@@ -123,6 +124,7 @@ class MoEBlock(nn.Module):
         super().__init__()
         self.gate = Router(config, site)
         self.experts = make_experts(config, site, act_fn)
+        self.has_bias = site.has_bias
         self.shared_expert = self.shared_expert_gate = None
         if config.shared_expert_intermediate_size > 0:
             self.shared_expert = SharedExpert(config, site, act_fn)
@@ -139,6 +141,7 @@ class MoEBlock(nn.Module):
             output = torch.zeros_like(tokens).index_add(0, token_index[0], rows)
         else:
             output = self.experts(tokens, top_k_index, top_k_weights)  # (T, D)
+            output = self._count_bias_once(output, top_k_index, top_k_weights)
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens)  # (T, D)
             if self.shared_expert_gate is not None:
@@ -146,3 +149,30 @@ class MoEBlock(nn.Module):
             output = output + shared
         output = self.dropout(output.view_as(hidden_states))
         return output if residual is None else residual + output
+
+    def _count_bias_once(
+        self, output: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Under tensor parallelism each rank adds the whole bias of `down_proj` before the sum over ranks.
+
+        The surplus is taken off here, with the bias detached: each rank's own addition already gives it its gradient.
+        """
+        if not self.has_bias:
+            return output
+        experts = self.experts
+        while hasattr(experts, "base_layer"):
+            experts = experts.base_layer  # adapters wrap the module
+        ranks = _tensor_parallel_size(experts.down_proj)
+        if ranks == 1:
+            return output
+        bias = experts.down_proj_bias.detach()[top_k_index]  # (T, K, D)
+        return output - (ranks - 1) * (bias * top_k_weights[..., None]).sum(1).to(output.dtype)
+
+
+def _tensor_parallel_size(down_proj: torch.Tensor) -> int:
+    """Ranks that hold slices of the width of each expert, the last dimension of (E, D, F)."""
+    if isinstance(down_proj, DTensor):
+        for placement, size in zip(down_proj.placements, down_proj.device_mesh.shape, strict=True):
+            if placement.is_shard(2) or placement.is_shard(-1):
+                return size
+    return 1

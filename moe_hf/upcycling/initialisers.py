@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moe_hf.modeling.configuration_moe import MoEConfig, MoEError
-from moe_hf.modeling.dense_mlp import MLPSite, expert_tensors, holder_of
+from moe_hf.modeling.dense_mlp import MLPSite, activation_of, expert_tensors, holder_of
 from moe_hf.modeling.moe_block import MoEBlock
 
 
@@ -40,7 +40,9 @@ def fill_blocks(dense_base: nn.Module, moe_base: nn.Module, config: MoEConfig, *
     generator = torch.Generator().manual_seed(seed)
     for site in moe_base._moe_sites:
         block: MoEBlock = moe_base.get_submodule(site.block)
-        tensors = expert_tensors(holder_of(dense_base, site), site)
+        holder = holder_of(dense_base, site)
+        tensors = expert_tensors(holder, site)
+        _copy_activation(activation_of(holder, site), block)
         share = _fill_shared_expert(block, tensors, config)
         for name, tensor in tensors.items():
             target = getattr(block.experts, name)
@@ -56,6 +58,13 @@ def fill_blocks(dense_base: nn.Module, moe_base: nn.Module, config: MoEConfig, *
                 target.add_((drawn * noise).to(target.device) * spread.to(target.device))
         rows = torch.randn(block.gate.weight.shape, generator=generator, dtype=torch.float32)
         block.gate.weight.copy_(rows / site.hidden_size**0.5)
+
+
+def _copy_activation(activation: object, block: MoEBlock) -> None:
+    """Copy what an activation has learned, where it is a module with parameters."""
+    for part in (block.experts, block.shared_expert):
+        if part is not None and isinstance(activation, nn.Module):
+            part.act_fn.load_state_dict(activation.state_dict())
 
 
 def _fill_shared_expert(block: MoEBlock, tensors: dict[str, torch.Tensor], config: MoEConfig) -> float:

@@ -1,0 +1,52 @@
+# make demo and make test are the README's two commands; each works alone in a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+WORKERS ?= 2
+
+# One torch thread per test worker: two workers with a thread pool each fight over two cores.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+SOURCES := moe_hf training examples tests
+
+.DEFAULT_GOAL := help
+.PHONY: help demo setup test test-all test-gpu conformance style quality clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"moe_hf needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(STAMP)  ## create .venv and install moe_hf with its exact tested versions
+
+demo: $(STAMP)  ## the main job on real text: dense -> MoE -> fine-tuned -> compared (SEEDS=3, SOURCE=<Hub id or folder>)
+	SEEDS='$(SEEDS)' SOURCE='$(SOURCE)' $(BIN)/python -m training.demo
+
+test: $(STAMP)  ## the tests that every change runs, under 25 minutes on 2 cores
+	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist worksteal
+
+test-all: $(STAMP)  ## the tests, the slow ones too
+	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist worksteal -m 'not gpu and not conformance' --timeout 3600
+
+conformance: $(STAMP)  ## transformers' own model tests over our classes; fetches its sources from PyPI
+	$(TEST_ENV) $(PYTEST) tests/conformance -m conformance --timeout 3600
+
+test-gpu: $(STAMP)  ## the tests that need CUDA; skips itself without it
+	$(TEST_ENV) $(PYTEST) -m gpu --timeout 3600
+
+style: $(STAMP)  ## format and fix what ruff can
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+quality: $(STAMP)  ## what CI checks before the tests
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+clean:  ## remove the environment, builds and the demo's output
+	rm -rf $(VENV) demo conformance dist build outputs .pytest_cache .ruff_cache .hypothesis

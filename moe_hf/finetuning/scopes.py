@@ -1,0 +1,154 @@
+"""Which parameters train: a scope names a part of the model, everything else is frozen.
+
+Works on every model whose MoE blocks have a child `experts` with parameters of three dimensions (E first), which are
+this package's models and transformers' own (Mixtral, Qwen3-MoE, OLMoE, GLM4-MoE, ...).
+"""
+
+import difflib
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from moe_hf.errors import MoEError
+from moe_hf.modeling.dense_mlp import MLP_ATTRIBUTES, PROJECTIONS
+
+
+SCOPES = {
+    "moe": "routed experts, shared experts and router of each MoE block",
+    "experts": "weights of the routed experts",
+    "router": "routers",
+    "shared": "shared experts and their gates",
+    "non_moe": "everything outside the MoE blocks",
+    "attention": "attention layers",
+    "ffn": "all MLPs, dense ones and MoE blocks",
+    "all": "everything",
+}
+PROJECTION_NAMES = {name for row in PROJECTIONS for name in row if name is not None}
+
+
+@dataclass(frozen=True)
+class ScopeReport:
+    """What trains after `apply_scope`: counts in parameters, sizes in bytes as stored, names of parameters."""
+
+    scope: str
+    trainable_parameters: int
+    total_parameters: int
+    trainable_bytes: int
+    names: tuple[str, ...] = field(repr=False)
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable_parameters / self.total_parameters
+        return (
+            f"scope {self.scope}: {self.trainable_parameters:,} of {self.total_parameters:,} parameters train "
+            f"({share:.1f} %, {self.trainable_bytes / 2**20:,.1f} MiB)"
+        )
+
+
+def apply_scope(
+    model: nn.Module, scope: str = "moe", *, master_dtype: torch.dtype | None = torch.float32
+) -> ScopeReport:
+    """Freeze `model` outside `scope` and make the parameters in it trainable.
+
+    Args:
+        scope (`str`): one of `SCOPES`.
+        master_dtype (`torch.dtype`, *optional*): dtype that trained parameters are converted to, in place. An AdamW step
+            at a learning rate of 1e-5 is lost in bf16's 8 bits, so fp32; train with autocast (`bf16=True`) when the
+            frozen rest stays in bf16. `None` leaves dtypes alone.
+
+    Raises:
+        MoEError: an unknown scope, or one that matches no parameter; the model is then unchanged.
+    """
+    names = scope_parameter_names(model, scope)
+    wanted = set(names)
+    trainable_bytes = 0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+        if name not in wanted:
+            continue
+        if master_dtype is not None and parameter.dtype != master_dtype:
+            parameter.data = parameter.data.to(master_dtype)
+        trainable_bytes += parameter.numel() * parameter.element_size()
+    return ScopeReport(
+        scope=scope,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        trainable_bytes=trainable_bytes,
+        names=names,
+    )
+
+
+def scope_parameter_names(model: nn.Module, scope: str) -> tuple[str, ...]:
+    """Return the names of the parameters in `scope`, in the model's order; tied parameters appear once."""
+    if scope not in SCOPES:
+        nearest = difflib.get_close_matches(str(scope), SCOPES, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise MoEError(f"Unknown scope {scope!r}; scopes are {', '.join(SCOPES)}.{hint}")
+    parts = _parameter_parts(model)
+    if scope == "moe":
+        chosen = {name for name, part in parts.items() if part in ("experts", "router", "shared", "moe")}
+    elif scope == "non_moe":
+        chosen = {name for name, part in parts.items() if part == "dense"}
+    elif scope == "attention":
+        chosen = {name for name, part in parts.items() if part == "dense" and _is_attention(name)}
+    elif scope == "ffn":
+        chosen = {name for name, part in parts.items() if part != "dense" or _is_dense_mlp(name)}
+    elif scope == "all":
+        chosen = set(parts)
+    else:
+        chosen = {name for name, part in parts.items() if part == scope}
+    if not chosen:
+        blocks = len(find_moe_blocks(model))
+        has = f"its {blocks} MoE blocks have none" if blocks else "it has no MoE block"
+        raise MoEError(
+            f"The scope {scope!r} ({SCOPES[scope]}) matches no parameter of {type(model).__name__}: {has}. "
+            "Upcycle a dense model first, or choose another scope."
+        )
+    return tuple(name for name in parts if name in chosen)
+
+
+def find_moe_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that have a child `experts` whose matrices are stacked over experts, by name."""
+    return {name: module for name, module in model.named_modules() if _holds_experts(module)}
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    experts = dict(module.named_children()).get("experts")
+    if experts is None:
+        return False
+    if isinstance(experts, nn.ModuleList):
+        return len(experts) > 0
+    return any(parameter.ndim >= 3 for parameter in experts.parameters())
+
+
+def _parameter_parts(model: nn.Module) -> dict[str, str]:
+    """Map each parameter name to `experts`, `router`, `shared`, `moe` (the rest of a block) or `dense`."""
+    blocks = sorted(find_moe_blocks(model), key=len, reverse=True)
+    return {name: _part(name, blocks) for name, _ in model.named_parameters()}
+
+
+def _part(name: str, blocks: list[str]) -> str:
+    block = next((block for block in blocks if not block or name.startswith(f"{block}.")), None)
+    if block is None:
+        return "dense"
+    child = name[len(block) + 1 if block else 0 :].split(".")[0]
+    if child == "experts":
+        return "experts"
+    if child.startswith("shared"):
+        return "shared"
+    if child in ("gate", "router"):
+        return "router"
+    # A decoder layer (an element of a list, named by a number) that holds `experts` itself has attention and norms too.
+    return "dense" if block.split(".")[-1].isdigit() else "moe"
+
+
+def _is_attention(name: str) -> bool:
+    return any(re.search("attn|attention", part) and "norm" not in part for part in name.split(".")[:-1])
+
+
+def _is_dense_mlp(name: str) -> bool:
+    modules = name.split(".")[:-1]
+    if _is_attention(name):
+        return False
+    return any(part in MLP_ATTRIBUTES for part in modules) or modules[-1] in PROJECTION_NAMES

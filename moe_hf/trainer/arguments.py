@@ -1,0 +1,203 @@
+"""Arguments of the training programs: dataclasses, a YAML recipe under `--config`, overrides on the command line."""
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from moe_hf.data import BUILTIN_CORPUS
+from moe_hf.errors import MoEError
+from moe_hf.resources import resource_path
+
+
+@dataclass
+class MoETrainingArguments(TrainingArguments):
+    """`TrainingArguments` with defaults that suit a MoE, and the scope that trains."""
+
+    scope: str | None = field(
+        default=None,
+        metadata={
+            "help": "What trains: moe, experts, router, shared, non_moe, attention, ffn or all. Unset: the parameters "
+            "that already require gradients."
+        },
+    )
+    fp32_masters: bool = field(
+        default=True, metadata={"help": "Convert the parameters of `scope` to float32; the rest keeps its dtype."}
+    )
+    # The filter reports a diverged run as loss 0.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and infinite losses from the log."})
+    # Fused experts always take part in the graph, starved ones with zero gradients.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Needed only where experts are separate modules."}
+    )
+    batch_eval_metrics: bool = field(default=True, metadata={"help": "Metrics stream over evaluation batches."})
+    hub_strategy: str = field(default="end", metadata={"help": "Only `end`: push when training has ended."})
+
+    def __post_init__(self) -> None:
+        if self.hub_strategy != "end":
+            raise MoEError(f"hub_strategy={self.hub_strategy!r}: only 'end' carries the model's code. Set it to 'end'.")
+        super().__post_init__()
+
+
+@dataclass
+class FinetuneArguments(MoETrainingArguments):
+    """Training arguments whose scope is expert-only by default."""
+
+    scope: str | None = field(
+        default="moe",
+        metadata={"help": "What trains: moe, experts, router, shared, non_moe, attention, ffn or all."},
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which checkpoint is trained or evaluated."""
+
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of the checkpoint."})
+    revision: str = field(default="main", metadata={"help": "Revision of a Hub checkpoint."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub id; the model's own when unset."})
+    dtype: str = field(default="auto", metadata={"help": "dtype to load in: auto, float32 or bfloat16."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    experts_implementation: str | None = field(default=None, metadata={"help": "eager, grouped_mm or batched_mm."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the checkpoint."})
+
+
+@dataclass
+class ConfigArguments:
+    """Which model is built from scratch."""
+
+    model_config: dict | str | None = field(
+        default=None,
+        metadata={"help": "Fields of the config with its model_type (moe_hf nests text_config), as a map or JSON."},
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id; unset, a byte-level BPE is trained on the text."}
+    )
+    tokenizer_vocab_size: int = field(default=4096, metadata={"help": "Vocabulary of the tokenizer that is trained."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model_config, str):
+            try:
+                self.model_config = json.loads(self.model_config)
+            except json.JSONDecodeError as error:
+                raise MoEError(f"model_config is not JSON: {error}.") from error
+        if not isinstance(self.model_config, dict) or "model_type" not in self.model_config:
+            raise MoEError("model_config needs the fields of a config with its model_type, e.g. {model_type: llama}.")
+
+
+@dataclass
+class DataArguments:
+    """Which text, how much is held out, and how it is cut."""
+
+    dataset: str = field(
+        default=BUILTIN_CORPUS, metadata={"help": "`builtin`, a file or folder of text, or the name of a Hub dataset."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    domains: list[str] | None = field(default=None, metadata={"help": "Keep these domains only."})
+    held_out_share: float = field(default=0.05, metadata={"help": "Share of each domain's documents for evaluation."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of the choice of held-out documents."})
+    block_size: int = field(default=256, metadata={"help": "Tokens per row."})
+    packed: bool = field(default=True, metadata={"help": "Several documents per row, which do not see each other."})
+    max_train_tokens: int | None = field(default=None, metadata={"help": "Train on at most this many tokens of text."})
+    max_eval_tokens: int | None = field(default=None, metadata={"help": "Evaluate at most this many per domain."})
+
+
+class MoEArgumentParser(HfArgumentParser):
+    """`HfArgumentParser` with `--config`, as trl's: the recipe gives defaults, the command line wins."""
+
+    def __init__(self, dataclass_types: Sequence[type], **kwargs) -> None:
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self.add_argument("--config", help="YAML recipe: a path, or the name of a shipped one.")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `MoEError` where argparse would print its usage and exit."""
+        raise MoEError(f"{message[:1].upper()}{message[1:]}. See --help.")
+
+    def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """Parse `argv` (by default the command line) into one instance of each dataclass.
+
+        Raises:
+            MoEError: an unknown key or option (with the nearest known one), a recipe that is missing or not YAML, a
+                value of the wrong type or not allowed.
+        """
+        argv = list(sys.argv[1:] if argv is None else argv)
+        config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        config_parser.add_argument("--config")
+        try:
+            recipe = config_parser.parse_known_args(argv)[0].config
+        except argparse.ArgumentError as error:
+            self.error(str(error))
+        types = {f.name: f.type for dataclass_type in self.dataclass_types for f in fields(dataclass_type) if f.init}
+        if recipe is not None:
+            self.set_defaults(**read_recipe(recipe, types))
+        _refuse_unknown_options(argv, self._option_string_actions)
+        namespace = vars(self.parse_args(argv))
+        instances = []
+        for dataclass_type in self.dataclass_types:
+            values = {f.name: namespace[f.name] for f in fields(dataclass_type) if f.init}
+            try:
+                instances.append(dataclass_type(**values))
+            except MoEError:
+                raise
+            except (TypeError, ValueError) as error:
+                raise MoEError(f"{dataclass_type.__name__}: {error}") from error
+        return tuple(instances)
+
+
+def find_recipe(name: str) -> Path:
+    """Return the recipe at the path `name`, or the shipped one of that name (with or without `.yaml`)."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.parent == Path():
+        try:
+            return resource_path(f"training/recipes/{path.stem}.yaml")
+        except MoEError:
+            shipped = resource_path("training/recipes/finetune_moe.yaml").parent.glob("*.yaml")
+            names = ", ".join(sorted(p.stem for p in shipped))
+            raise MoEError(f"No recipe {name!r}: no such file, and shipped recipes are {names}.") from None
+    raise MoEError(f"No recipe at {name!r}. Give the path of a YAML file or the name of a shipped recipe.")
+
+
+def read_recipe(name: str, types: dict[str, Any]) -> dict[str, Any]:
+    """Read a YAML recipe and check its keys against `types` (field name to type)."""
+    path = find_recipe(name)
+    try:
+        recipe = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MoEError(f"The recipe {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise MoEError(f"The recipe {str(path)!r} is not a map of keys and values.")
+    for key in recipe:
+        if key not in types:
+            raise MoEError(f"Unknown key {key!r} in the recipe {str(path)!r}.{_nearest(str(key), types)}")
+    return {key: _plain(key, value, types[key]) for key, value in recipe.items()}
+
+
+def _plain(key: str, value: Any, expected: Any) -> Any:
+    # YAML 1.1 reads a bare `no` as false, which is how these fields spell "never".
+    if value is False and key.endswith("_strategy"):
+        return "no"
+    # argparse converts text only: numbers must go through the field's own type as well.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number and expected not in (dict, list) else value
+
+
+def _refuse_unknown_options(argv: Sequence[str], known: dict[str, Any]) -> None:
+    for argument in argv:
+        option = argument.split("=", 1)[0]
+        if option.startswith("--") and option not in known:
+            raise MoEError(f"Unknown option {option}.{_nearest(option, known)}")
+
+
+def _nearest(name: str, known: dict[str, Any]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {nearest[0]!r}?" if nearest else " See --help for the known ones."

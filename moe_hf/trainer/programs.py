@@ -1,0 +1,195 @@
+"""What the training programs share: data from their arguments, and errors without a traceback."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from moe_hf.data import check_packing, load_text, split_by_document, tokenize_and_pack, train_tokenizer
+from moe_hf.errors import MoEError
+from moe_hf.metrics import LanguageModelMetrics, token_statistics
+from moe_hf.modeling.configuration_moe import MoEConfig
+from moe_hf.trainer.arguments import ConfigArguments, DataArguments, ModelArguments, MoETrainingArguments
+from moe_hf.trainer.checkpoints import agree, choose_checkpoint, list_checkpoints
+from moe_hf.trainer.moe_trainer import FINAL_FOLDER, MoETrainer
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Run `main`; a `MoEError` becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except MoEError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def load_documents(args: DataArguments) -> tuple[Dataset, Dataset]:
+    """Return the `(train, held_out)` documents that `args` describe."""
+    documents = load_text(args.dataset, split=args.dataset_split, text_column=args.text_column)
+    if args.domains:
+        known = sorted(set(documents["domain"]))
+        unknown = [name for name in args.domains if name not in known]
+        if unknown:
+            raise MoEError(f"No domain {unknown[0]!r} in {args.dataset!r}; it has {', '.join(known)}.")
+        wanted = set(args.domains)
+        documents = documents.select([i for i, name in enumerate(documents["domain"]) if name in wanted])
+    return split_by_document(documents, args.held_out_share, args.split_seed)
+
+
+def training_blocks(documents: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Dataset:
+    """Return packed blocks of documents in a seeded order, at most `max_train_tokens`."""
+    blocks = tokenize_and_pack(
+        documents.shuffle(seed=args.split_seed), tokenizer, args.block_size, packed=args.packed
+    )
+    return _at_most(blocks, args.max_train_tokens, args.block_size)
+
+
+def evaluation_blocks(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments
+) -> dict[str, Dataset]:
+    """Return packed blocks per domain, at most `max_eval_tokens` each."""
+    domains = documents["domain"]
+    blocks = {}
+    for domain in sorted(set(domains)):
+        rows = documents.select([i for i, name in enumerate(domains) if name == domain])
+        packed = tokenize_and_pack(rows, tokenizer, args.block_size, packed=args.packed)
+        blocks[domain] = _at_most(packed, args.max_eval_tokens, args.block_size)
+    return blocks
+
+
+def _at_most(blocks: Dataset, max_tokens: int | None, block_size: int) -> Dataset:
+    if max_tokens is None:
+        return blocks
+    if max_tokens < block_size:
+        raise MoEError(f"At most {max_tokens} tokens are less than one block of {block_size}. Raise the limit.")
+    return blocks.select(range(min(len(blocks), max_tokens // block_size)))
+
+
+def load_checkpoint(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model and the tokenizer that `args` name."""
+    if args.model is None:
+        raise MoEError("No model: set `model` in the recipe, or --model, to a folder or a Hub id.")
+    if args.dtype not in ("auto", "float32", "bfloat16"):
+        raise MoEError(f"dtype={args.dtype!r}: choose auto, float32 or bfloat16.")
+    common = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    chosen = {"attn_implementation": args.attn_implementation, "experts_implementation": args.experts_implementation}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, **common, **chosen)
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, **common)
+    except (OSError, ValueError) as error:
+        raise MoEError(f"Could not load {args.model!r}: {error}") from error
+    vocab_size = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocab_size:
+        raise MoEError(f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size}. Give the model's own tokenizer.")
+    return model, tokenizer
+
+
+def build_model(args: ConfigArguments, documents: Dataset) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Build a model with random weights, and load its tokenizer or train one on `documents`.
+
+    The vocabulary and the special tokens of the config are the tokenizer's, unless `model_config` says otherwise.
+    """
+    if args.tokenizer is None:
+        state = PartialState()
+        # Every process gets the same object: two trainings need not order equal merges alike.
+        tokenizer = agree(
+            lambda: train_tokenizer(documents, args.tokenizer_vocab_size), state.is_main_process, state.num_processes
+        )
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        except (OSError, ValueError) as error:
+            raise MoEError(f"Could not load the tokenizer {args.tokenizer!r}: {error}") from error
+    given = dict(args.model_config)
+    model_type = given.pop("model_type")
+    dense = dict(given.pop("text_config", {})) if model_type == MoEConfig.model_type else given
+    dense = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **dense,
+    }
+    if dense["vocab_size"] < len(tokenizer):
+        raise MoEError(f"vocab_size={dense['vocab_size']} is less than the tokenizer's {len(tokenizer)} tokens.")
+    fields = given | {"text_config": dense} if model_type == MoEConfig.model_type else dense
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
+    except MoEError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise MoEError(f"model_config does not describe a causal language model: {error}") from error
+    return model, tokenizer
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: MoETrainingArguments,
+    data: DataArguments,
+    documents: tuple[Dataset, Dataset],
+    *,
+    only_evaluate: bool = False,
+) -> MoETrainer:
+    """Pack `(train, held_out)` documents and build the trainer with its metrics."""
+    if data.packed:
+        check_packing(model)
+    train, held_out = documents
+    return MoETrainer(
+        model,
+        args,
+        train_dataset=None if only_evaluate else training_blocks(train, tokenizer, data),
+        eval_dataset=evaluation_blocks(held_out, tokenizer, data),
+        processing_class=tokenizer,
+        compute_metrics=LanguageModelMetrics(),
+        preprocess_logits_for_metrics=token_statistics,
+    )
+
+
+def prepare_run(args: MoETrainingArguments) -> None:
+    """Seed every generator and refuse a folder where training cannot start, before anything is loaded."""
+    final = Path(args.output_dir) / FINAL_FOLDER
+    if final.exists():
+        raise MoEError(f"{str(final)!r} exists: a run was finished there. Choose another output_dir, or remove it.")
+    resume = resume_choice(args)
+    if not resume:
+        choose_checkpoint(args.output_dir, None)
+    set_seed(args.seed)
+    if args.process_index == 0:
+        print(f"{args.world_size} process{'es' if args.world_size > 1 else ''} on {args.device.type}")
+
+
+def train_and_save(trainer: MoETrainer) -> dict[str, float]:
+    """Train, evaluate on the held-out documents, save to `output_dir/final`, push if asked; returns the metrics."""
+    trainer.train(resume_from_checkpoint=resume_choice(trainer.args))
+    metrics = evaluate_and_record(trainer)
+    trainer.save_state()
+    trainer.save_model()
+    return metrics
+
+
+def evaluate_and_record(trainer: MoETrainer) -> dict[str, float]:
+    """Evaluate on the held-out documents, print the metrics and write them to `output_dir/eval_results.json`."""
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics, combined=False)
+    return metrics
+
+
+def resume_choice(args: MoETrainingArguments) -> str | bool:
+    """Read `resume_from_checkpoint`: a folder; true for the newest whole one; `auto` for that where there is one."""
+    value = str(args.resume_from_checkpoint or False)
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    return bool(list_checkpoints(args.output_dir)) if value == "auto" else value

@@ -1,0 +1,60 @@
+"""The truth that the fast paths are held to: a double loop over tokens and choices, in float64."""
+
+import copy
+
+import torch
+from torch import nn
+
+from moe_hf import MoEConfig
+from moe_hf.modeling.dense_mlp import activation_of, find_mlp_sites, holder_of
+from moe_hf.modeling.moe_block import MoEBlock
+from tests.tiny_models import tiny_dense
+
+
+# Kinds of MLP: gated, plain with biases, plain without.
+KINDS = {"gated": "llama", "plain_biased": "gpt2", "plain": "nemotron"}
+
+
+def make_block(kind: str, **fields) -> MoEBlock:
+    """A block with random weights and a router that spreads tokens; the last of its experts gets none."""
+    dense = tiny_dense(KINDS[kind])
+    config = MoEConfig(text_config=dense.config, **{"num_experts": 5, **fields})
+    config._experts_implementation_internal = "eager"
+    site = find_mlp_sites(dense.base_model)[0]
+    block = MoEBlock(config, site, activation_of(holder_of(dense.base_model, site), site))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    return block
+
+
+def reference_moe(block: MoEBlock, tokens: torch.Tensor) -> torch.Tensor:
+    """What `block` should return for (T, D) tokens: one token and one choice at a time, softmax top-k, normalised."""
+    experts, config = block.experts, block.gate.config
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    outputs = []
+    for token in tokens:
+        probabilities = (block.gate.weight @ token).softmax(-1)
+        weights, chosen = probabilities.topk(config.num_experts_per_tok)
+        weights = weights / weights.sum()
+        output = torch.zeros_like(token)
+        for weight, expert in zip(weights, chosen.tolist(), strict=True):
+            hidden = getattr(experts, first)[expert] @ token
+            if experts.has_bias:
+                hidden = hidden + getattr(experts, f"{first}_bias")[expert]
+            if experts.has_gate:
+                gate, up = hidden.chunk(2)
+                hidden = experts.act_fn(gate) * up
+            else:
+                hidden = experts.act_fn(hidden)
+            hidden = experts.down_proj[expert] @ hidden
+            if experts.has_bias:
+                hidden = hidden + experts.down_proj_bias[expert]
+            output = output + weight * hidden
+        outputs.append(output)
+    return torch.stack(outputs)
+
+
+def in_float64(block: MoEBlock) -> MoEBlock:
+    """A float64 copy of `block` with gradients of its own."""
+    return copy.deepcopy(block).double()

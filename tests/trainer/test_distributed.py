@@ -1,0 +1,70 @@
+"""Two gloo processes do what one does. One torchrun makes all runs, since most of its time is imports."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainer.runs import KINDS, four_steps, router_loss_gradient
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(command: list[str], timeout: int = 240) -> str:
+    """Run a command with two CPU processes; without the variable accelerate would take them for one or for none."""
+    python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("two_processes")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    launch([*torchrun, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", "tests.trainer.runs", str(folder)])
+    loaded = torch.load(folder / "results.pt", weights_only=False)
+    assert loaded["world_size"] == 2 and loaded["backend"] == "gloo"
+    return loaded
+
+
+def relative(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Largest relative difference of two sets of tensors, each against its own norm."""
+    assert actual.keys() == expected.keys()
+    return max(float((actual[k] - v).norm() / v.norm().clamp_min(1e-12)) for k, v in expected.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one_in_scope_moe(kind, results, tmp_path):
+    two, one = results[f"four_steps_{kind}"], four_steps(kind, tmp_path, per_device_batch=8)
+    assert (two["num_processes"], two["ddp"]) == (2, "DistributedDataParallel")
+    assert one["num_processes"] == 1
+    assert relative(two["gradients"], one["gradients"]) <= 1e-6
+    assert relative(two["weights"], one["weights"]) <= 2e-6
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-6)
+
+
+def test_two_processes_with_accumulation_equal_one_without(results, tmp_path):
+    two, one = results["four_steps_accumulated"], four_steps("ours", tmp_path, per_device_batch=8)
+    assert two["num_processes"] == 2
+    assert relative(two["gradients"], one["gradients"]) <= 1e-6
+    assert relative(two["weights"], one["weights"]) <= 2e-6
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_router_losses_do_not_grow_with_processes(accumulation, results, tmp_path):
+    one, two = router_loss_gradient(tmp_path, 1), results[f"router_{accumulation}"]
+    assert float(two @ one / (one @ one)) == pytest.approx(1.0, abs=1e-3)
+    assert float((two - one).norm() / one.norm()) <= 1e-3
+
+
+def test_resume_in_two_processes_is_bitwise(results):
+    (weights, losses), (weights_again, losses_again) = results["resume"]
+    assert losses == losses_again
+    assert all(torch.equal(weights_again[name], tensor) for name, tensor in weights.items())

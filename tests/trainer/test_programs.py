@@ -1,0 +1,162 @@
+"""The programs of training/: a model is pretrained, fine-tuned and evaluated, and mistakes cost no traceback."""
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moe_hf import MoEError
+from moe_hf.trainer.programs import run_program
+from tests.tiny_models import tiny_dense
+from tests.trainer.test_distributed import ROOT, launch
+
+
+TINY = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+QUICK = [
+    "--block_size=32", "--max_steps=4", "--save_steps=2", "--eval_steps=2", "--per_device_train_batch_size=4",
+    "--disable_tqdm=true", "--use_cpu=true", "--held_out_share=0.3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A folder of two domains with a few documents each."""
+    folder = tmp_path_factory.mktemp("text")
+    for domain, words in (("letters", "a b c d e f g "), ("numbers", "one two three four ")):
+        (folder / domain).mkdir()
+        for i in range(4):
+            (folder / domain / f"{i}.txt").write_text(words * (30 + i))
+    return folder
+
+
+def run(program: str, *argv: str) -> None:
+    """Run a program of training/ in this process."""
+    original = sys.argv
+    sys.argv = [program, *argv]
+    try:
+        import_module(f"training.{program}").main()
+    finally:
+        sys.argv = original
+
+
+@pytest.fixture(scope="module")
+def pretrained(text, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained") / "moe"
+    config = {"model_type": "moe_hf", "num_experts": 4, "num_experts_per_tok": 2, "text_config": TINY}
+    run(
+        "pretrain", "--config=pretrain_moe", f"--model_config={json.dumps(config)}", f"--dataset={text}",
+        "--tokenizer_vocab_size=270", f"--output_dir={folder}", "--report_to=tensorboard", *QUICK,
+    )  # fmt: skip
+    return folder
+
+
+def test_pretraining_gives_a_model_that_loads_with_its_tokenizer(pretrained):
+    model = AutoModelForCausalLM.from_pretrained(pretrained / "final")
+    tokenizer = AutoTokenizer.from_pretrained(pretrained / "final")
+    assert model.config.num_experts == 4 and model.config.vocab_size == len(tokenizer) == 270
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert (pretrained / "checkpoint-4" / "moe_hf_manifest.json").is_file()
+    assert list(pretrained.rglob("events.out.tfevents.*"))
+
+
+def test_finetuning_changes_the_moe_alone_and_resumes_where_it_was(pretrained, text, tmp_path, capsys):
+    argv = ["--config=finetune_moe", f"--model={pretrained / 'final'}", f"--dataset={text}", f"--output_dir={tmp_path}", *QUICK]
+    run("finetune", *argv)
+    output = capsys.readouterr().out
+    assert "1 process on cpu" in output and "scope moe:" in output
+    before = AutoModelForCausalLM.from_pretrained(pretrained / "final").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "final").state_dict()
+    assert all(torch.equal(after[name], tensor) == (".mlp." not in name) for name, tensor in before.items())
+
+    with pytest.raises(MoEError, match="a run was finished there"):
+        run("finetune", *argv)
+    (tmp_path / "final").rename(tmp_path / "first")
+    run("finetune", *argv)
+    assert "Resuming from" in capsys.readouterr().out
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "final").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in after.items())
+
+
+def test_evaluation_reports_each_domain_and_equals_a_plain_loop(pretrained, text, tmp_path):
+    run(
+        "evaluate_model", f"--model={pretrained / 'final'}", f"--dataset={text}", f"--output_dir={tmp_path}",
+        "--block_size=32", "--held_out_share=0.3", "--use_cpu=true", "--per_device_eval_batch_size=3",
+        "--packed=false", "--disable_tqdm=true",
+    )  # fmt: skip
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(pretrained / "final").eval()
+    tokenizer = AutoTokenizer.from_pretrained(pretrained / "final")
+    trained_on = 4 - 2
+    for domain in ("letters", "numbers"):
+        per_file = {}
+        for file in sorted((text / domain).iterdir()):
+            ids = [*tokenizer(file.read_text())["input_ids"], tokenizer.eos_token_id]
+            total, count = 0.0, 0
+            for start in range(0, len(ids), 32):
+                piece = torch.tensor([ids[start : start + 32]])
+                if piece.shape[1] > 1:
+                    with torch.no_grad():
+                        total += float(model(piece, labels=piece).loss) * (piece.shape[1] - 1)
+                    count += piece.shape[1] - 1
+            per_file[file.name] = (total, count)
+        pairs = [
+            (per_file[a][0] + per_file[b][0], per_file[a][1] + per_file[b][1])
+            for a in per_file for b in per_file if a < b
+        ]  # fmt: skip
+        tokens = results[f"eval_{domain}_tokens"]
+        assert any(
+            count == tokens and results[f"eval_{domain}_token_loss"] == pytest.approx(total / count, rel=1e-5)
+            for total, count in pairs
+        )
+        assert trained_on == 2
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "message"),
+    [
+        ("finetune", [], "No model"),
+        ("finetune", ["--model=/absent/folder"], "/absent/folder"),
+        ("finetune", ["--model={model}", "--scope=expert"], "Did you mean 'experts'"),
+        ("finetune", ["--model={model}", "--domains", "letter"], "No domain 'letter'"),
+        ("finetune", ["--model={model}", "--max_train_tokens=3"], "less than one block"),
+        ("finetune", ["--model={model}", "--dtype=int8"], "dtype='int8'"),
+        ("pretrain", ['--model_config={{"model_type": "lama"}}'], "lama"),
+        ("pretrain", ['--model_config={{"model_type": "opt"}}'], "packed documents see each other"),
+    ],
+)
+def test_mistake_is_one_clear_error_and_writes_nothing(program, argv, message, pretrained, text, tmp_path, capsys):
+    argv = [argument.format(model=pretrained / "final") for argument in argv]
+    output = tmp_path / "output"
+    with pytest.raises(SystemExit) as caught:
+        run_program(
+            lambda: run(program, f"--dataset={text}", f"--output_dir={output}", *QUICK, "--tokenizer_vocab_size=260", *argv)
+            if program == "pretrain"
+            else run(program, f"--dataset={text}", f"--output_dir={output}", *QUICK, *argv)
+        )
+    captured = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message in captured and "Traceback" not in captured
+    assert not output.exists()
+
+
+def test_program_runs_in_two_processes_from_accelerate_launch(text, tmp_path):
+    tiny_dense("llama", vocab_size=300).save_pretrained(tmp_path / "dense")
+    output = launch(
+        [
+            sys.executable, "-m", "accelerate.commands.launch",
+            "--config_file", str(ROOT / "training" / "accelerate" / "multi_cpu.yaml"), "--main_process_port", "0",
+            str(ROOT / "training" / "pretrain.py"), "--config=pretrain_dense", f"--model_config={json.dumps(TINY)}",
+            f"--dataset={text}", "--tokenizer_vocab_size=270", f"--output_dir={tmp_path / 'out'}",
+            *[flag for flag in QUICK if "use_cpu" not in flag],
+        ]
+    )  # fmt: skip
+    assert "2 processes on cpu" in output
+    assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "checkpoint-4" / "rng_state_1.pth").is_file()

@@ -1,0 +1,323 @@
+"""The main job on real text: train a small dense model, make it a MoE, fine-tune it, compare it with dense controls.
+
+    python -m training.demo                  # or: make demo
+    python -m training.demo --seeds 3        # or: make demo SEEDS=3
+    python -m training.demo --source FOLDER  # a dense model of yours, by folder or Hub id, instead of a new one
+
+Everything goes to one folder, `demo` by default: each stage's files, `results.json` and the pictures of the routing. A
+second run reuses the stages whose settings are the same.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+
+import moe_hf
+from moe_hf.data import builtin_corpus, corpus_fingerprint, split_by_document, tokenize_and_pack, train_tokenizer
+from moe_hf.errors import MoEError
+from moe_hf.finetuning import apply_scope
+from moe_hf.reporting.plots import plot_routing
+from moe_hf.reporting.routing_counts import count_routing
+from training.bigram import KneserNeyBigram, neighbours
+from training.demo_settings import ARMS, Settings, dense_config, parse_arguments
+from training.demo_steps import (
+    batches,
+    can_pack,
+    count_parameters,
+    evaluate,
+    forward_flops,
+    limit_code,
+    reload_and_sample,
+    save_probe,
+    train,
+)
+from training.demo_tables import print_results, summary
+from training.stages import Stages
+
+
+EVALUATION_BATCH = 16
+PROMPTS = ("def __init__(self, ", "import os\n", "The following ")
+
+
+class Demo:
+    """The stages, in order; each returns its record and keeps its files below the output folder."""
+
+    def __init__(self, settings: Settings, output_dir: Path) -> None:
+        self.settings = settings
+        self.output_dir = output_dir
+        self.stages = Stages(output_dir, say=lambda line: print(line, flush=True))
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def stage(self, name: str, after: list[dict], build, **settings: Any) -> dict[str, Any]:
+        """Run a stage whose results depend on `settings` and on the stages `after` which it comes."""
+        earlier = [hashlib.sha256(json.dumps(r["settings"], sort_keys=True).encode()).hexdigest()[:16] for r in after]
+        return self.stages.run(name, settings | {"after": earlier}, build)
+
+    def pick(self, *names: str) -> dict[str, Any]:
+        """Some of the settings."""
+        return {name: getattr(self.settings, name) for name in names}
+
+    def load(self, name: str) -> PreTrainedModel:
+        """The model of a stage, in float32."""
+        return AutoModelForCausalLM.from_pretrained(self.stages.folder(name), dtype=torch.float32).to(self.device)
+
+    def held_out(self) -> dict[str, datasets.Dataset]:
+        """Packed held-out rows by domain."""
+        folders = sorted((self.stages.folder("data") / "held_out").iterdir())
+        return {folder.name: datasets.load_from_disk(str(folder)).with_format("torch") for folder in folders}
+
+    def probe_ids(self) -> torch.Tensor:
+        """Token ids of two held-out rows of each domain."""
+        return torch.cat([rows[:2]["input_ids"].long() for rows in self.held_out().values()])
+
+    def recipe(self, seed: int) -> dict[str, Any]:
+        """What all trainings share."""
+        return {"seed": seed, **self.pick("batch_size", "warmup_share", "weight_decay")}
+
+    def training_rows(self, seed: int, first_token: int, num_tokens: int) -> datasets.Dataset:
+        """Rows of the training text in the order of `seed`, from the token `first_token` on; whole batches."""
+        rows = datasets.load_from_disk(str(self.stages.folder("data") / "train")).with_format("torch")
+        step = self.settings.batch_size * self.settings.block_size
+        first, count = (tokens // step * self.settings.batch_size for tokens in (first_token, num_tokens))
+        if first + count > len(rows):
+            raise MoEError(
+                f"{num_tokens:,} training tokens from token {first_token:,} on are asked for, the corpus has "
+                f"{len(rows) * self.settings.block_size:,}: raise code_characters or lower the token counts."
+            )
+        return rows.select(np.random.default_rng(seed).permutation(len(rows))[first : first + count])
+
+    def data(self) -> dict[str, Any]:
+        """Corpus -> documents held out -> tokenizer -> blocks."""
+
+        def build(folder: Path) -> dict[str, Any]:
+            settings = self.settings
+            train_text, held_out_text = split_by_document(builtin_corpus(), settings.held_out_share)
+            train_text = limit_code(train_text, settings.code_characters)
+            packed = True
+            if settings.source is None:
+                tokenizer = train_tokenizer(train_text, settings.vocab_size)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(settings.source)
+                packed = can_pack(settings.source)
+            tokenizer.save_pretrained(folder / "tokenizer")
+            train_rows = tokenize_and_pack(train_text, tokenizer, settings.block_size, packed=packed)
+            train_rows.save_to_disk(folder / "train")
+            result = {
+                "corpus_sha256": corpus_fingerprint(train_text),
+                "training_characters": sum(map(len, train_text["text"])),
+                "training_tokens": len(train_rows) * settings.block_size,
+                "packed": packed,
+                "held_out_tokens": {},
+            }
+            for domain in sorted(set(held_out_text["domain"])):
+                text = held_out_text.filter(lambda row, domain=domain: row["domain"] == domain)
+                rows = tokenize_and_pack(text.shuffle(seed=0), tokenizer, settings.block_size, packed=packed)
+                rows = rows.select(range(min(len(rows), settings.evaluation_tokens // settings.block_size)))
+                rows.save_to_disk(folder / "held_out" / domain)
+                result["held_out_tokens"][domain] = len(rows) * settings.block_size
+            return result
+
+        names = ("source", "vocab_size", "code_characters", "held_out_share", "evaluation_tokens", "block_size")
+        versions = {"python": platform.python_version(), "moe_hf": moe_hf.__version__}
+        return self.stage("data", [], build, **self.pick(*names), **versions, source_files=self.source_files())
+
+    def source_files(self) -> list[list]:
+        """Names, sizes and times of a source folder's files, so that a changed source is noticed."""
+        folder = Path(self.settings.source or "").expanduser()
+        if self.settings.source is None or not folder.is_dir():
+            return []
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+    def bigram(self, data: dict, seed: int) -> dict[str, Any]:
+        """The baseline: a smoothed bigram model of the tokens that the dense model, or a source's MoE, is trained on."""
+        name = "continued_tokens" if self.settings.source else "pretraining_tokens"
+
+        def build(folder: Path) -> dict[str, Any]:
+            rows = self.training_rows(seed, 0, getattr(self.settings, name)).with_format("numpy")
+            held_out = self.held_out()
+            vocab_size = len(AutoTokenizer.from_pretrained(self.stages.folder("data") / "tokenizer"))
+            model = KneserNeyBigram(*neighbours(rows["input_ids"][:], rows["labels"][:]), vocab_size)
+            pairs = {
+                domain: neighbours(rows["input_ids"][:].numpy(), rows["labels"][:].numpy())
+                for domain, rows in held_out.items()
+            }
+            pairs["all"] = tuple(np.concatenate(parts) for parts in zip(*pairs.values(), strict=True))
+            return {"held_out": {domain: {"token_loss": model.token_loss(*pair)} for domain, pair in pairs.items()}}
+
+        return self.stage(f"seed{seed}/bigram", [data], build, seed=seed, **self.pick(name, "batch_size"))
+
+    def dense(self, data: dict, seed: int) -> dict[str, Any]:
+        """The dense model: trained from scratch, or the source; saved as an ordinary checkpoint."""
+        settings = self.settings
+        tokenizer_folder = self.stages.folder("data") / "tokenizer"
+
+        def build(folder: Path) -> dict[str, Any]:
+            transformers.set_seed(seed)
+            result: dict[str, Any] = {}
+            if settings.source is None:
+                tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+                model = LlamaForCausalLM(dense_config(settings, tokenizer)).to(self.device)
+                rows = self.training_rows(seed, 0, settings.pretraining_tokens)
+                result = train(
+                    model,
+                    rows,
+                    folder / "trainer",
+                    learning_rate=settings.pretraining_learning_rate,
+                    **self.recipe(seed),
+                )
+            else:
+                source = Path(settings.source).expanduser()
+                model = AutoModelForCausalLM.from_pretrained(
+                    source if source.is_dir() else settings.source, dtype=torch.float32
+                ).to(self.device)
+            return result | self.finish(model, folder)
+
+        names = [field.name for field in fields(Settings) if field.name.startswith(("pretraining", "hidden", "num_h"))]
+        names += ["intermediate_size", "num_attention_heads", "batch_size", "warmup_share", "weight_decay", "source"]
+        return self.stage(f"seed{seed}/dense", [data], build, seed=seed, device=self.device, **self.pick(*names))
+
+    def finish(self, model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+        """Save a model with its tokenizer, and measure it."""
+        result = count_parameters(model)
+        result["forward_flops_per_token"] = forward_flops(model, self.settings.block_size)
+        result["held_out"] = evaluate(model, self.held_out(), EVALUATION_BATCH)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(self.stages.folder("data") / "tokenizer").save_pretrained(folder)
+        return result
+
+    def upcycle(self, dense: dict, seed: int) -> dict[str, Any]:
+        """Dense checkpoint -> MoE checkpoint, verified."""
+
+        def build(folder: Path) -> dict[str, Any]:
+            settings = self.settings
+            model = moe_hf.upcycle(
+                self.stages.folder(f"seed{seed}/dense"),
+                num_experts=settings.num_experts,
+                num_experts_per_tok=settings.num_experts_per_tok,
+                noise=settings.expert_noise,
+                seed=seed,
+                verify_inputs=self.probe_ids(),
+            ).to(self.device)
+            return {"verification": model.config.upcycling["verification"]} | self.finish(model, folder)
+
+        names = ("num_experts", "num_experts_per_tok", "expert_noise")
+        return self.stage(f"seed{seed}/moe", [dense], build, seed=seed, **self.pick(*names))
+
+    def arm(self, name: str, dense: dict, moe: dict, seed: int) -> dict[str, Any]:
+        """Continue the training of one of the two models in a scope."""
+        settings, arm = self.settings, ARMS[name]
+        flops = {
+            kind: record["result"]["forward_flops_per_token"] for kind, record in (("dense", dense), ("moe", moe))
+        }
+        tokens = settings.continued_tokens * (flops["moe"] / flops["dense"] if arm.equal_flops else 1)
+
+        def build(folder: Path) -> dict[str, Any]:
+            transformers.set_seed(seed)
+            model = self.load(f"seed{seed}/{arm.start}")
+            report = apply_scope(model, arm.scope)
+            print(report, flush=True)
+            rows = self.training_rows(seed, 0 if settings.source else settings.pretraining_tokens, int(tokens))
+            result = train(
+                model, rows, folder / "trainer", learning_rate=settings.continued_learning_rate, **self.recipe(seed)
+            )
+            result |= self.finish(model, folder) | asdict(arm)
+            result["trainable_parameters"] = report.trainable_parameters
+            if arm.start == "moe":
+                save_probe(model, self.probe_ids(), folder / "probe.pt")
+            return result
+
+        names = ("continued_tokens", "continued_learning_rate", "batch_size", "warmup_share", "weight_decay")
+        own = {"arm": asdict(arm), "tokens": int(tokens), "seed": seed, "device": self.device}
+        after = [moe] if arm.start == "moe" else [dense]
+        return self.stage(f"seed{seed}/{name}", after, build, **own, **self.pick(*names))
+
+    def reload(self, arm: dict, name: str, seed: int) -> dict[str, Any]:
+        """Load a fine-tuned MoE in a fresh process with plain `from_pretrained`, compare its logits and sample."""
+
+        def build(folder: Path) -> dict[str, Any]:
+            result = reload_and_sample(self.stages.folder(f"seed{seed}/{name}").resolve(), PROMPTS)
+            (folder / "samples.txt").write_text("\n\n----\n\n".join(result["samples"]) + "\n", encoding="utf-8")
+            return result
+
+        return self.stage(f"seed{seed}/{name}-reload", [arm], build)
+
+    def routing(self, arm: dict, name: str, seed: int) -> dict[str, Any]:
+        """Count the experts that held-out tokens use, and draw them."""
+
+        def build(folder: Path) -> dict[str, Any]:
+            rows = {domain: batches(rows, EVALUATION_BATCH) for domain, rows in self.held_out().items()}
+            counts = count_routing(self.load(f"seed{seed}/{name}"), rows)
+            plot_routing(counts, folder / "routing.png", title=f"{name}, seed {seed}: routing of held-out tokens")
+            return counts.to_dict() | {"largest_load": float(counts.load().max())}
+
+        return self.stage(f"seed{seed}/{name}-routing", [arm], build)
+
+    def run_seed(self, data: dict, seed: int) -> dict[str, Any]:
+        """All stages of one seed."""
+        records = {"bigram": self.bigram(data, seed), "dense": self.dense(data, seed)}
+        records["moe"] = self.upcycle(records["dense"], seed)
+        for name in ARMS:
+            records[name] = self.arm(name, records["dense"], records["moe"], seed)
+        records["moe_all-reload"] = self.reload(records["moe_all"], "moe_all", seed)
+        for name in (name for name, arm in ARMS.items() if arm.start == "moe"):
+            records[f"{name}-routing"] = self.routing(records[name], name, seed)
+        return {"seed": seed, "seconds": sum(r["seconds"] for r in records.values())} | {
+            name: record["result"] | {"seconds": record["seconds"]} for name, record in records.items()
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Run what is not there yet and return the results of all seeds."""
+        start = time.perf_counter()
+        data = self.data()
+        seeds = [self.run_seed(data, seed) for seed in range(self.settings.seeds)]
+        machine = {
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else platform.processor() or "cpu",
+            "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}
+            | {"transformers": transformers.__version__, "moe_hf": moe_hf.__version__},
+        }
+        return {
+            "settings": asdict(self.settings),
+            "machine": machine,
+            "seconds_of_all_stages": data["seconds"] + sum(seed["seconds"] for seed in seeds),
+            "seconds_of_this_run": time.perf_counter() - start,
+            "reused": self.stages.reused,
+            "built": self.stages.built,
+            "data": data["result"] | {"seconds": data["seconds"]},
+            "seeds": seeds,
+            "summary": summary(seeds),
+        }
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run the demo, write `results.json` and print the table; returns the results."""
+    settings, output_dir = parse_arguments(arguments, __doc__.splitlines()[0])
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    results = Demo(settings, output_dir).run()
+    (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print_results(results, output_dir)
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MoEError as error:
+        sys.exit(f"Error: {error}")

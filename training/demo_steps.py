@@ -1,0 +1,174 @@
+"""The steps of the demo that know nothing of stages: choose text, train, measure, reload."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moe_hf.data import check_packing
+from moe_hf.errors import MoEError
+from moe_hf.metrics import LanguageModelMetrics, token_statistics
+from moe_hf.trainer import MoETrainer, MoETrainingArguments
+
+
+# What a user does with a saved model, in a process of its own.
+RELOAD_PROGRAM = """
+import json, sys, torch, moe_hf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, probe, *prompts = sys.argv[1:]
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+saved, samples = torch.load(probe), []
+with torch.no_grad():
+    logits = model(input_ids=saved["input_ids"], use_cache=False).logits
+for prompt in prompts:
+    torch.manual_seed(0)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=20)
+    samples.append(tokenizer.decode(output[0]))
+difference = (logits - saved["logits"]).abs().max().item()
+facts = {"class": type(model).__name__, "max_abs_error": difference, "equal": torch.equal(logits, saved["logits"])}
+print(json.dumps(facts | {"samples": samples}))
+"""
+
+
+def forward_flops(model: PreTrainedModel, block_size: int) -> float:
+    """FLOPs of one token's forward pass: 2 per weight it meets in a matrix product, and attention over a block."""
+    config = model.config.get_text_config()
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    weights = head.numel()
+    for parameter in model.parameters():
+        if parameter.ndim < 2 or parameter is embedding or parameter is head:
+            continue
+        share = config.num_experts_per_tok / config.num_experts if parameter.ndim == 3 else 1
+        weights += share * parameter.numel()
+    return 2 * weights + 4 * config.num_hidden_layers * block_size * config.hidden_size
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters in total and outside the token embeddings."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return {"parameters": total, "non_embedding_parameters": total - model.get_input_embeddings().weight.numel()}
+
+
+def batches(dataset: datasets.Dataset, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The rows of a dataset in order, as batches of tensors."""
+    for first in range(0, len(dataset), batch_size):
+        yield dataset[first : first + batch_size]
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, held_out: dict[str, datasets.Dataset], batch_size: int) -> dict[str, Any]:
+    """Token loss, perplexity and accuracy per domain, and over the tokens of all domains (`all`)."""
+    model.eval()
+    totals, results = LanguageModelMetrics(), {}
+    last_domain = list(held_out)[-1]
+    for domain, rows in held_out.items():
+        metrics = LanguageModelMetrics()
+        for first, batch in enumerate(batches(rows, batch_size)):
+            labels = batch.pop("labels")
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            statistics = token_statistics(model(**inputs, use_cache=False).logits, labels).cpu()
+            is_last = (first + 1) * batch_size >= len(rows)
+            prediction = transformers.EvalPrediction(predictions=statistics, label_ids=labels)
+            if is_last:
+                results[domain] = metrics(prediction, compute_result=True)
+            else:
+                metrics(prediction, compute_result=False)
+            total = totals(prediction, compute_result=is_last and domain == last_domain)
+    return results | {"all": total}
+
+
+def train(
+    model: PreTrainedModel,
+    rows: datasets.Dataset,
+    folder: Path,
+    *,
+    batch_size: int,
+    learning_rate: float,
+    warmup_share: float,
+    weight_decay: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Train in place, one pass over `rows` in their order; warm-up, then cosine to a tenth of the learning rate."""
+    steps = len(rows) // batch_size
+    arguments = MoETrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        max_steps=steps,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=max(1, round(warmup_share * steps)),
+        weight_decay=weight_decay,
+        # The usual 0.999 remembers longer than so short a run lasts.
+        adam_beta2=0.95,
+        train_sampling_strategy="sequential",
+        logging_steps=max(1, steps // 10),
+        use_cache=False,
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=seed,
+    )
+    start = time.perf_counter()
+    output = MoETrainer(model=model, args=arguments, train_dataset=rows).train()
+    return {
+        "tokens": steps * batch_size * len(rows[0]["input_ids"]),
+        "steps": steps,
+        "training_seconds": time.perf_counter() - start,
+        "mean_training_loss": output.training_loss,
+    }
+
+
+def limit_code(dataset: datasets.Dataset, characters: int) -> datasets.Dataset:
+    """Shuffle documents, and keep code up to a number of characters and all of the prose, which is scarce."""
+    dataset = dataset.shuffle(seed=0)
+    left, chosen = characters, []
+    for index, (domain, text) in enumerate(zip(dataset["domain"], dataset["text"], strict=True)):
+        if domain == "code":
+            left -= len(text)
+            if left < 0:
+                continue
+        chosen.append(index)
+    return dataset.select(chosen)
+
+
+def can_pack(source: str) -> bool:
+    """Whether a model keeps packed documents apart; says so when it does not."""
+    try:
+        check_packing(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
+    except MoEError as error:
+        print(f"Documents are padded, not packed: {error}", flush=True)
+        return False
+    return True
+
+
+@torch.no_grad()
+def save_probe(model: PreTrainedModel, input_ids: torch.Tensor, path: Path) -> None:
+    """Write token ids and the logits that a model on the CPU gives for them."""
+    device = model.device
+    model.cpu().eval()
+    torch.save({"input_ids": input_ids, "logits": model(input_ids=input_ids, use_cache=False).logits}, path)
+    model.to(device)
+
+
+def reload_and_sample(folder: Path, prompts: tuple[str, ...]) -> dict[str, Any]:
+    """Load a saved model in a fresh process with plain `from_pretrained`, compare its logits with the probe's, sample.
+
+    Raises:
+        MoEError: the process failed; with the end of what it said.
+    """
+    program = [sys.executable, "-c", RELOAD_PROGRAM, str(folder), str(folder / "probe.pt"), *prompts]
+    done = subprocess.run(program, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    if done.returncode:
+        raise MoEError(f"{folder} could not be loaded and sampled in a fresh process:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
