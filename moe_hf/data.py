@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -29,7 +29,16 @@ TEXT_SUFFIXES = (".txt", ".md", ".py")
 TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 END_OF_TEXT = "<|endoftext|>"
 IGNORED_LABEL = -100
-NOT_LIBRARY_CODE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "ensurepip", "lib2to3"}
+NOT_LIBRARY_CODE = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "ensurepip",
+    "lib2to3",
+}
 
 
 def load_text(source: str = BUILTIN_CORPUS, *, split: str = "train", text_column: str = "text") -> Dataset:
@@ -51,10 +60,12 @@ def load_text(source: str = BUILTIN_CORPUS, *, split: str = "train", text_column
     if path.exists():
         return _load_local(path, text_column)
     if source.startswith((".", "/", "~")) or path.suffix in (*TEXT_SUFFIXES, *TABLE_SUFFIXES):
-        raise MoEError(f"No file or folder {source!r}. Give an existing path, a Hub dataset name, or {BUILTIN_CORPUS!r}.")
+        raise MoEError(
+            f"No file or folder {source!r}. Give an existing path, a Hub dataset name, or {BUILTIN_CORPUS!r}."
+        )
     try:
         rows = load_dataset(source, split=split)
-    except Exception as error:
+    except (DatasetsError, OSError, ValueError) as error:
         raise MoEError(
             f"Could not load the dataset {source!r} (split {split!r}): {error}. "
             f"Give an existing path, the name of a Hub dataset, or {BUILTIN_CORPUS!r}."
@@ -96,7 +107,9 @@ def _from_documents(documents: list[dict[str, str]]) -> Dataset:
 def _load_local(path: Path, text_column: str) -> Dataset:
     allowed = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in allowed)
-    files = [file for file in files if file.is_file() and not any(p.startswith(".") for p in file.parts[len(path.parts) :])]
+    files = [
+        file for file in files if file.is_file() and not any(p.startswith(".") for p in file.parts[len(path.parts) :])
+    ]
     if not files or files[0].suffix not in allowed:
         raise MoEError(f"No text in {str(path)!r}: files ending in {', '.join(allowed)} are read.")
     texts, tables = [], []
@@ -115,7 +128,9 @@ def _read_utf8(file: Path) -> str:
     try:
         text = file.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise MoEError(f"{str(file)!r} is not UTF-8 text ({error}). Convert it, or take it out of the folder.") from error
+        raise MoEError(
+            f"{str(file)!r} is not UTF-8 text ({error}). Convert it, or take it out of the folder."
+        ) from error
     if not text.strip():
         raise MoEError(f"{str(file)!r} is empty. Put text in it, or take it out of the folder.")
     return text
@@ -225,9 +240,7 @@ def _packed(documents: list[np.ndarray], block_size: int) -> dict[str, np.ndarra
     }
 
 
-def _padded(
-    documents: list[np.ndarray], block_size: int, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, np.ndarray]:
+def _padded(documents: list[np.ndarray], block_size: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.ndarray]:
     if tokenizer.pad_token_id is None:
         raise MoEError("The tokenizer has no pad_token: set tokenizer.pad_token, or pack documents.")
     pieces = [ids[i : i + block_size] for ids in documents for i in range(0, len(ids), block_size)]
@@ -239,7 +252,9 @@ def _padded(
     return {"input_ids": ids, "labels": labels, "attention_mask": is_token.astype(np.int32)}
 
 
-def _token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, batch_size: int = 256) -> Iterator[np.ndarray]:
+def _token_ids(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, batch_size: int = 256
+) -> Iterator[np.ndarray]:
     end = tokenizer.eos_token_id
     for first in range(0, len(texts), batch_size):
         batch = list(texts[first : first + batch_size])

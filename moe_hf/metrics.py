@@ -14,7 +14,6 @@ import math
 
 import datasets
 import evaluate
-import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import EvalPrediction
@@ -146,8 +145,7 @@ class LanguageModelMetrics:
         self.metrics = (TokenLoss(), Perplexity(), TokenAccuracy())
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        statistics = torch.as_tensor(np.asarray(prediction.predictions) if not torch.is_tensor(
-            prediction.predictions) else prediction.predictions)
+        statistics = torch.as_tensor(prediction.predictions)
         result = {}
         for metric in self.metrics:
             metric.add_batch(predictions=statistics, references=prediction.label_ids)

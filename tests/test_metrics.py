@@ -29,7 +29,9 @@ def reference(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     return {"token_loss": loss, "perplexity": math.exp(loss), "accuracy": accuracy, "tokens": int(kept.sum())}
 
 
-@pytest.mark.parametrize(("metric", "name"), [(TokenLoss, "token_loss"), (Perplexity, "perplexity"), (TokenAccuracy, "accuracy")])
+@pytest.mark.parametrize(
+    ("metric", "name"), [(TokenLoss, "token_loss"), (Perplexity, "perplexity"), (TokenAccuracy, "accuracy")]
+)
 def test_metric_equals_the_reference_whole_and_streamed(metric, name, batch):
     logits, labels = batch
     measure, expected = metric(), reference(*batch)

@@ -4,7 +4,14 @@ accelerate launch training/finetune.py --config training/recipes/finetune_moe.ya
 """
 
 from moe_hf.trainer.arguments import DataArguments, FinetuneArguments, ModelArguments, MoEArgumentParser
-from moe_hf.trainer.programs import load_checkpoint, load_documents, make_trainer, prepare_run, run_program, train_and_save
+from moe_hf.trainer.programs import (
+    load_checkpoint,
+    load_documents,
+    make_trainer,
+    prepare_run,
+    run_program,
+    train_and_save,
+)
 
 
 def main() -> None:

@@ -152,7 +152,9 @@ class MoEConfig(PreTrainedConfig):
             )
         if isinstance(self.text_config, dict):
             if "auto_map" in self.text_config:
-                raise MoEError("text_config needs remote code; only decoders that transformers itself has can be used.")
+                raise MoEError(
+                    "text_config needs remote code; only decoders that transformers itself has can be used."
+                )
             if self.text_config.get("model_type") is None:
                 raise MoEError('text_config is a dict without "model_type": name the dense family, such as "llama".')
         super().__post_init__(**kwargs)
@@ -279,10 +281,11 @@ class MoEConfig(PreTrainedConfig):
         if "_post_init_done" in self.__dict__ and isinstance(text_config, PreTrainedConfig):
             if name in _MIRRORED:
                 setattr(text_config, name, value)
-            elif not name.startswith("_") and not hasattr(type(self), name) and name not in self.__dict__:
-                if hasattr(text_config, name):
-                    setattr(text_config, name, value)
-                    return
+            elif not (name.startswith("_") or hasattr(type(self), name) or name in self.__dict__) and hasattr(
+                text_config, name
+            ):
+                setattr(text_config, name, value)
+                return
         super().__setattr__(name, value)
 
 

@@ -8,7 +8,6 @@ Letters: B batch, S sequence, T = B * S tokens, E experts, V vocabulary.
 
 import inspect
 from dataclasses import dataclass, fields
-from functools import cache
 
 import torch
 from torch import nn
@@ -20,17 +19,17 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_moe import MoEConfig, MoEError
-from .dense_mlp import INLINE_ATTRIBUTE, MLPSite, activation_of, check_one_expert_reproduces, find_mlp_sites, holder_of
-from .experts import Experts
+from .dense_mlp import activation_of, check_one_expert_reproduces, find_mlp_sites, holder_of
+from .dynamic_class import Combined, combine, put_block
 from .losses import load_balancing_loss, router_z_loss
-from .moe_block import MoEBlock, Router, RoutingPass, current_routing_pass, recompute_contexts, routing_pass
+from .moe_block import MoEBlock, RoutingPass, current_routing_pass, recompute_contexts, routing_pass
+from .parallel_plans import expert_parallel_plan, tensor_parallel_plan, wildcard
 
 
 @dataclass
@@ -60,130 +59,6 @@ class MoECausalLMOutput(MoeCausalLMOutputWithPast):
     router_losses: dict[str, torch.Tensor] | None = None
 
 
-# Flags that transformers reads from the class; a combined class has the dense model's.
-_CLASS_FLAGS = (
-    "supports_gradient_checkpointing",
-    "_supports_sdpa",
-    "_supports_flash_attn",
-    "_supports_flex_attn",
-    "_supports_attention_backend",
-    "_can_compile_fullgraph",
-)
-
-
-def _identity(hidden_states: torch.Tensor) -> torch.Tensor:
-    return hidden_states
-
-
-def _wildcard(name: str) -> str:
-    """`layers.3.mlp` -> `layers.*.mlp`, as parallel plans are written."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-@cache
-def _combine(generic: type, dense: type) -> type:
-    """The class that is both `generic`, one of ours, and `dense`, one of transformers; always the same object."""
-    is_moe = issubclass(generic, MoEPreTrainedModel)
-    namespace = {
-        "__module__": generic.__module__,
-        # transformers keys the outputs that a class can record by str(class): it must tell families apart.
-        "__qualname__": f"{generic.__name__}[{dense.__name__}]",
-        "_generic_class": generic,
-        "_dense_class": dense,
-        # transformers would look for the answers in the source of this file, which has neither layer.
-        "_can_set_attn_implementation_cached_value": dense._can_set_attn_implementation(),
-        "_can_set_experts_implementation_cached_value": is_moe,
-        **{flag: getattr(dense, flag) for flag in _CLASS_FLAGS},
-    }
-    if is_moe:
-        signature = inspect.signature(dense.forward)
-        namespace["_forward_names"] = tuple(signature.parameters)[1:]
-        namespace["forward"] = _forward_with_signature(generic, signature)
-    return type(generic.__name__ if is_moe else dense.__name__, (generic, dense), namespace)
-
-
-def _forward_with_signature(generic: type, signature: inspect.Signature):
-    """`generic.forward` under the dense model's signature, which Trainer, generate and tracers inspect."""
-
-    def forward(self, *args, **kwargs):
-        return generic.forward(self, *args, **kwargs)
-
-    parameters = dict(signature.parameters)
-    rest = [p for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    named = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    if "output_router_logits" not in parameters:
-        kind = inspect.Parameter.KEYWORD_ONLY
-        named.append(inspect.Parameter("output_router_logits", kind, default=None, annotation=bool | None))
-    forward.__signature__ = signature.replace(parameters=[*named, *rest], return_annotation=inspect.Signature.empty)
-    forward.__doc__ = generic.forward.__doc__
-    return forward
-
-
-def _rebuild(generic: type, dense: type):
-    """Make an empty instance of a combined class, for unpickling."""
-    cls = _combine(generic, dense)
-    return cls.__new__(cls)
-
-
-@cache
-def _with_inline_block(layer: type, site_names: tuple[str, str | None, str]) -> type:
-    """Subclass of a decoder layer whose inline projections lead to the block: up is the block, the rest does nothing."""
-    up, activation, down = site_names
-    namespace = {
-        "__module__": layer.__module__,
-        "__qualname__": layer.__qualname__,
-        "__reduce_ex__": lambda self, protocol: (
-            _rebuild_inline,
-            (layer, site_names),
-            *super(cls, self).__reduce_ex__(protocol)[2:],
-        ),
-        up: property(lambda self: getattr(self, INLINE_ATTRIBUTE)),
-        down: property(lambda self: _identity),
-    }
-    if activation is not None:
-        namespace[activation] = property(lambda self: _identity)
-    cls = type(layer.__name__, (layer,), namespace)
-    return cls
-
-
-def _rebuild_inline(layer: type, site_names: tuple[str, str | None, str]):
-    cls = _with_inline_block(layer, site_names)
-    return cls.__new__(cls)
-
-
-def _put_block(base_model: nn.Module, site: MLPSite, block: MoEBlock) -> None:
-    layer = base_model.get_submodule(site.layer)
-    if site.attribute is not None:
-        setattr(layer, site.attribute, block)
-        return
-    for name in filter(None, (site.up, site.activation, site.down)):
-        delattr(layer, name)
-    layer.__class__ = _with_inline_block(type(layer), (site.up, site.activation, site.down))
-    setattr(layer, INLINE_ATTRIBUTE, block)
-
-
-def _expert_parallel_plan(block: str, site: MLPSite) -> dict[str, str]:
-    first = "gate_up_proj" if site.gated else "up_proj"
-    names = [first, "down_proj"] + ([f"{first}_bias", "down_proj_bias"] if site.has_bias else [])
-    return {
-        **{f"{block}.experts.{name}": "grouped_gemm" for name in names},
-        f"{block}.experts": "ep_dispatch_experts",
-    }
-
-
-def _tensor_parallel_plan(block: str, site: MLPSite) -> dict[str, str]:
-    """Each rank holds a slice of every expert's width; the bias of `down_proj` is whole on each (see MoEBlock)."""
-    if site.gated:
-        plan = {"gate_up_proj": "packed_colwise", "gate_up_proj_bias": "packed_rowwise"}
-    else:
-        plan = {"up_proj": "colwise", "up_proj_bias": "rowwise"}
-    plan["down_proj"] = "rowwise"
-    return {
-        **{f"{block}.experts.{k}": v for k, v in plan.items() if site.has_bias or not k.endswith("_bias")},
-        f"{block}.experts": "moe_tp_experts",
-    }
-
-
 _KNOWN_FIELDS = {cls: frozenset(f.name for f in fields(cls)) for cls in (MoEModelOutput, MoECausalLMOutput)}
 
 
@@ -197,38 +72,7 @@ def _extended(output_class: type, outputs, **more):
     return result
 
 
-class _Combined:
-    """What each class combined with a dense one needs: weight initialisation of the MoE parts, and pickling."""
-
-    _generic_class: type | None = None
-    _dense_class: type | None = None
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """False: like transformers' own models this one initialises through `transformers.initialization`.
-
-        Otherwise loading skips a module whose parameters were all loaded, and leaves its computed buffers undefined.
-        """
-        return False
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Router | Experts):
-            config = self.config
-            std = getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02
-            for name, parameter in module.named_parameters(recurse=False):
-                if name.endswith("_bias"):
-                    init.zeros_(parameter)
-                else:
-                    init.normal_(parameter, mean=0.0, std=std)
-
-    def __reduce_ex__(self, protocol):
-        # A class made at run time cannot be found by name; its two parents can.
-        return (_rebuild, (self._generic_class, self._dense_class), *super().__reduce_ex__(protocol)[2:])
-
-
-class MoEPreTrainedModel(_Combined, PreTrainedModel):
+class MoEPreTrainedModel(Combined, PreTrainedModel):
     """Base of [`MoEModel`] and [`MoEForCausalLM`]: builds the dense model, then puts the MoE blocks in."""
 
     config: MoEConfig
@@ -252,7 +96,7 @@ class MoEPreTrainedModel(_Combined, PreTrainedModel):
             # Not by class: transformers loads the two files of a local folder into modules that share no classes.
             if getattr(config, "model_type", None) != MoEConfig.model_type:
                 raise MoEError(f"{cls.__name__} needs a MoEConfig, and got {type(config).__name__}.")
-            cls = _combine(cls, _dense_class(config, cls._dense_classes()))
+            cls = combine(cls, _dense_class(config, cls._dense_classes()))
         return super().__new__(cls)
 
     def __init__(self, config: MoEConfig, *args, **kwargs):
@@ -287,7 +131,7 @@ class MoEPreTrainedModel(_Combined, PreTrainedModel):
             holder = holder_of(base_model, site)
             check_one_expert_reproduces(holder, site)
             block = MoEBlock(config, site, activation_of(holder, site))
-            _put_block(base_model, site, block.train(self.training))
+            put_block(base_model, site, block.train(self.training))
         base_model._moe_sites, base_model._has_dense_sites = sites, len(every) > len(sites)
 
     def _adopt_submodels(self, base_model: nn.Module) -> None:
@@ -296,7 +140,7 @@ class MoEPreTrainedModel(_Combined, PreTrainedModel):
         for module in reversed(submodels):
             if not any(isinstance(child, MoEBlock) for child in module.modules()):
                 continue
-            module.__class__ = _combine(MoEModel if module is base_model else _Combined, type(module))
+            module.__class__ = combine(MoEModel if module is base_model else Combined, type(module))
             if module is base_model:
                 module.config = self.config
             _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
@@ -309,13 +153,13 @@ class MoEPreTrainedModel(_Combined, PreTrainedModel):
         if sites is None:
             return
         if not self._has_dense_sites:
-            replaced = tuple({f"{_wildcard(site.block)}." for site in sites})
+            replaced = tuple({f"{wildcard(site.block)}." for site in sites})
             self._tp_plan = {name: style for name, style in self._tp_plan.items() if not name.startswith(replaced)}
         has_tensor_plan = bool(self._tp_plan)
         for site in sites:
-            self._ep_plan.update(_expert_parallel_plan(_wildcard(site.block), site))
+            self._ep_plan.update(expert_parallel_plan(wildcard(site.block), site))
             if has_tensor_plan:
-                self._tp_plan.update(_tensor_parallel_plan(_wildcard(site.block), site))
+                self._tp_plan.update(tensor_parallel_plan(wildcard(site.block), site))
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, every_n_layers=1):
         if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
@@ -439,7 +283,9 @@ class MoEModel(MoEPreTrainedModel):
         return_dict = named.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         output_router_logits = named.pop("output_router_logits", None)
-        output_router_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        output_router_logits = (
+            self.config.output_router_logits if output_router_logits is None else output_router_logits
+        )
         with routing_pass(RoutingPass(record=self._wants_record(output_router_logits), has_model=True)) as current:
             self._describe_batch(current, named)
             outputs = super().forward(**named, return_dict=True)
@@ -469,7 +315,9 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         return_dict = named.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         output_router_logits = named.pop("output_router_logits", None)
-        output_router_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        output_router_logits = (
+            self.config.output_router_logits if output_router_logits is None else output_router_logits
+        )
         with routing_pass(RoutingPass(record=self._wants_record(output_router_logits))) as current:
             # Some heads call the decoder inside the base model, which then does not describe the batch itself.
             self._describe_batch(current, named)

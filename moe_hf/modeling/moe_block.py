@@ -51,13 +51,15 @@ _ROUTING_PASS = CompileableContextVar("moe_hf_routing_pass")
 
 def current_routing_pass() -> RoutingPass | None:
     """The forward pass that is running, or None outside one."""
-    return _ROUTING_PASS.get()
+    holder = _ROUTING_PASS.get()
+    return None if holder is None else holder["routing_pass"]
 
 
 @contextmanager
 def routing_pass(value: RoutingPass):
     """Make `value` the forward pass that the routers inside see."""
-    token = _ROUTING_PASS.set(value)
+    # A dict, as transformers' own values of such variables are: its model tests look at the keys.
+    token = _ROUTING_PASS.set({"routing_pass": value})
     try:
         yield value
     finally:
@@ -114,7 +116,9 @@ class Router(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"{self.config.router_type}, experts={self.weight.shape[0]}, per_token={self.config.num_experts_per_tok}"
+        return (
+            f"{self.config.router_type}, experts={self.weight.shape[0]}, per_token={self.config.num_experts_per_tok}"
+        )
 
 
 class MoEBlock(nn.Module):

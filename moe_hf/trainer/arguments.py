@@ -32,7 +32,9 @@ class MoETrainingArguments(TrainingArguments):
         default=True, metadata={"help": "Convert the parameters of `scope` to float32; the rest keeps its dtype."}
     )
     # The filter reports a diverged run as loss 0.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and infinite losses from the log."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN and infinite losses from the log."}
+    )
     # Fused experts always take part in the graph, starved ones with zero gradients.
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Needed only where experts are separate modules."}
@@ -42,7 +44,9 @@ class MoETrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.hub_strategy != "end":
-            raise MoEError(f"hub_strategy={self.hub_strategy!r}: only 'end' carries the model's code. Set it to 'end'.")
+            raise MoEError(
+                f"hub_strategy={self.hub_strategy!r}: only 'end' carries the model's code. Set it to 'end'."
+            )
         super().__post_init__()
 
 

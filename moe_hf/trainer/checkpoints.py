@@ -102,7 +102,9 @@ def load_weights_(model: PreTrainedModel, folder: str | Path) -> None:
         faults = {
             "missing_keys": sorted(expected.keys() - found.keys()),
             "unexpected_keys": sorted(found.keys() - expected.keys()),
-            "mismatched_keys": sorted(k for k in expected.keys() & found.keys() if expected[k].shape != found[k].shape),
+            "mismatched_keys": sorted(
+                k for k in expected.keys() & found.keys() if expected[k].shape != found[k].shape
+            ),
         }
     if any(faults.values()):
         listed = "; ".join(f"{kind}: {', '.join(names[:5])}" for kind, names in faults.items() if names)
@@ -126,9 +128,7 @@ def agree(action: Callable[[], Any], is_main: bool, num_processes: int) -> Any:
 
 
 @contextmanager
-def shared_folder(
-    path: str | Path, *, is_main: bool, num_processes: int, replace: bool = False
-) -> Iterator[Path]:
+def shared_folder(path: str | Path, *, is_main: bool, num_processes: int, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that all processes write to and that becomes `path`, with a manifest, at the end.
 
     Args:

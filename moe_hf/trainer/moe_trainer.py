@@ -208,6 +208,13 @@ class MoETrainer(Trainer):
             else:
                 self.state.stateful_callbacks[name] = state
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # Trainer looks at max_steps after a step only: a run resumed at its end would train one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._loads_whole():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -224,7 +231,9 @@ class MoETrainer(Trainer):
 
     def _loads_whole(self) -> bool:
         """Whether checkpoints hold a full model in `save_pretrained`'s form; FSDP, DeepSpeed and PEFT have their own."""
-        return isinstance(self._unwrapped(), PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return isinstance(self._unwrapped(), PreTrainedModel) and not (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled
+        )
 
 
 def _check_trainable(model: nn.Module) -> None:

@@ -48,9 +48,7 @@ def load_documents(args: DataArguments) -> tuple[Dataset, Dataset]:
 
 def training_blocks(documents: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Dataset:
     """Return packed blocks of documents in a seeded order, at most `max_train_tokens`."""
-    blocks = tokenize_and_pack(
-        documents.shuffle(seed=args.split_seed), tokenizer, args.block_size, packed=args.packed
-    )
+    blocks = tokenize_and_pack(documents.shuffle(seed=args.split_seed), tokenizer, args.block_size, packed=args.packed)
     return _at_most(blocks, args.max_train_tokens, args.block_size)
 
 
@@ -81,6 +79,8 @@ def load_checkpoint(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTo
         raise MoEError("No model: set `model` in the recipe, or --model, to a folder or a Hub id.")
     if args.dtype not in ("auto", "float32", "bfloat16"):
         raise MoEError(f"dtype={args.dtype!r}: choose auto, float32 or bfloat16.")
+    if args.model.startswith((".", "/", "~")) and not Path(args.model).expanduser().exists():
+        raise MoEError(f"No folder {args.model!r}. Give the folder of a checkpoint or a Hub id.")
     common = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     chosen = {"attn_implementation": args.attn_implementation, "experts_implementation": args.experts_implementation}
     chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -91,7 +91,9 @@ def load_checkpoint(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTo
         raise MoEError(f"Could not load {args.model!r}: {error}") from error
     vocab_size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocab_size:
-        raise MoEError(f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size}. Give the model's own tokenizer.")
+        raise MoEError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size}. Give the model's own tokenizer."
+        )
     return model, tokenizer
 
 

@@ -65,7 +65,9 @@ def losses(trainer: MoETrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def first_gradients(model: PreTrainedModel, output_dir: str | Path, dataset: Dataset, **fields) -> dict[str, torch.Tensor]:
+def first_gradients(
+    model: PreTrainedModel, output_dir: str | Path, dataset: Dataset, **fields
+) -> dict[str, torch.Tensor]:
     """Train one step and return its gradients by name."""
     recorder = GradientRecorder()
     args = arguments(output_dir, max_steps=1, **fields)
@@ -125,7 +127,7 @@ def resumed(kind: str, output_dir: str | Path, checkpoint: str | Path | None = N
         gradient_accumulation_steps=2,
         max_grad_norm=1.0,
     )
-    trainer = MoETrainer(tiny_moe(kind, dropout=0.2, **fields), args, train_dataset=rows(20))
+    trainer = MoETrainer(tiny_moe(kind, dropout=0.2, **fields), args, train_dataset=rows(28))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return trainer
 
@@ -137,7 +139,9 @@ def main(folder: Path) -> None:
         results[f"four_steps_{kind}"] = four_steps(kind, folder / f"four_{kind}", per_device_batch=4)
     results["four_steps_accumulated"] = four_steps("ours", folder / "four_2", per_device_batch=2, accumulation=2)
     for accumulation in (1, 4):
-        results[f"router_{accumulation}"] = router_loss_gradient(folder / f"r{accumulation}", accumulation, world_size=2)
+        results[f"router_{accumulation}"] = router_loss_gradient(
+            folder / f"r{accumulation}", accumulation, world_size=2
+        )
     whole = resumed("ours", folder / "whole")
     again = resumed("ours", folder / "again", folder / "whole" / "checkpoint-3")
     results["resume"] = [(t.model.state_dict(), losses(t)) for t in (whole, again)]

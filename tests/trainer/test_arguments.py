@@ -80,7 +80,7 @@ def test_bad_recipe_is_refused(text, message, tmp_path):
         (["--config", "folder/absent.yaml"], "No recipe at"),
         (["--config"], "expected one argument"),
         (["--max_steps"], "expected one argument"),
-        (["stray"], "unrecognized arguments: stray"),
+        (["stray"], "Unrecognized arguments: stray"),
     ],
 )
 def test_bad_command_line_is_refused(argv, message):

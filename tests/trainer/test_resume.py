@@ -59,12 +59,20 @@ def test_resume_takes_the_newest_checkpoint_whose_manifest_holds(six_steps, tmp_
     weights.write_bytes(content)
     args = whole.args.__class__(**{**whole.args.to_dict(), "output_dir": str(tmp_path), "report_to": "none"})
     fields = {"router_jitter_noise": 0.1} if kind == "ours" else {}
-    trainer = MoETrainer(tiny_moe(kind, dropout=0.2, **fields), args, train_dataset=rows(20))
+    trainer = MoETrainer(tiny_moe(kind, dropout=0.2, **fields), args, train_dataset=rows(28))
     trainer.train(resume_from_checkpoint=True)
     assert "checkpoint-3" in capsys.readouterr().out
     assert_same(trainer.model.state_dict(), whole.model.state_dict())
     # The damaged folder has been written anew.
     verify_manifest(tmp_path / "checkpoint-6")
+
+
+def test_run_resumed_at_its_end_trains_no_further_step(six_steps, tmp_path):
+    kind, folder, whole = six_steps
+    shutil.copytree(folder / "checkpoint-6", tmp_path / "checkpoint-6")
+    again = resumed(kind, tmp_path, tmp_path / "checkpoint-6")
+    assert again.state.global_step == 6
+    assert_same(again.model.state_dict(), whole.model.state_dict())
 
 
 @pytest.mark.parametrize("fault", ["truncated", "missing", "no manifest"])

@@ -141,12 +141,16 @@ def test_what_would_drop_the_router_losses_is_refused(taken, tmp_path):
     function = {} if smoothing else {"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.loss}
     with pytest.raises(MoEError, match=taken):
         MoETrainer(tiny_moe(), arguments(tmp_path, **smoothing), **function)
-    MoETrainer(tiny_moe(router_aux_loss_coef=0.0, router_z_loss_coef=0.0), arguments(tmp_path, **smoothing), **function)
+    MoETrainer(
+        tiny_moe(router_aux_loss_coef=0.0, router_z_loss_coef=0.0), arguments(tmp_path, **smoothing), **function
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_folder_is_whole_new_and_loads_plainly(kind, tmp_path, tokenizer):
-    trainer = MoETrainer(tiny_moe(kind), arguments(tmp_path, max_steps=1), train_dataset=rows(4), processing_class=tokenizer)
+    trainer = MoETrainer(
+        tiny_moe(kind), arguments(tmp_path, max_steps=1), train_dataset=rows(4), processing_class=tokenizer
+    )
     trainer.train()
     trainer.save_model()
     folder = tmp_path / "final"
@@ -196,7 +200,9 @@ def test_push_sends_model_tokenizer_and_given_dtype(tmp_path, monkeypatch, token
     pushed = {}
 
     def push_model(model, repo_id, given_tokenizer, **kwargs):
-        pushed.update(repo_id=repo_id, tokenizer=given_tokenizer, dtypes={p.dtype for p in model.parameters()}, **kwargs)
+        pushed.update(
+            repo_id=repo_id, tokenizer=given_tokenizer, dtypes={p.dtype for p in model.parameters()}, **kwargs
+        )
 
     monkeypatch.setattr(moe_trainer, "push_model", push_model)
     args = arguments(tmp_path, scope="moe", hub_model_id="tester/tiny", hub_private_repo=True)
