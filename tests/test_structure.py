@@ -21,8 +21,9 @@ TRAVELLING = [path for path in sorted((PACKAGE / "modeling").glob("*.py")) if pa
 MODELING_ORDER = [
     "configuration_moe",
     ("routing", "dense_mlp"),
-    ("experts", "losses"),
+    ("experts", "losses", "parallel_plans"),
     "moe_block",
+    "dynamic_class",
     "modeling_moe",
 ]
 # A part imports only from its own layer and those before, and no two parts import each other.

@@ -86,7 +86,7 @@ class MoEConformance(Conformance):
         for model_class in self.all_model_classes:
             model = model_class(self.model_tester.get_config())
             arguments = list(inspect.signature(type(model).forward).parameters)
-            self.assertEqual(arguments[1], type(model).main_input_name)
+            assert arguments[1] == type(model).main_input_name
 
     def test_training_gradient_checkpointing_use_reentrant_true(self):
         for model_class in self.all_model_classes:
@@ -98,7 +98,7 @@ class MoEConformance(Conformance):
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         for model_class in self.all_model_classes:
             model = model_class(config).to(common.torch_device)
-            self.assertEqual(len(model(**inputs, output_router_logits=True).router_logits), config.num_hidden_layers)
+            assert len(model(**inputs, output_router_logits=True).router_logits) == config.num_hidden_layers
 
 
 class LlamaConformance(MoEConformance, unittest.TestCase):
