@@ -40,7 +40,7 @@ def test_demo_runs_every_stage_and_leaves_ordinary_checkpoints(results, output_d
         assert losses["all"]["perplexity"] == pytest.approx(math.exp(losses["all"]["token_loss"]), rel=1e-9)
         assert 0 <= losses["all"]["accuracy"] <= 1
     assert json.loads((output_dir / "seed0/dense/config.json").read_text())["model_type"] == "llama"
-    assert (output_dir / "seed0/moe_all-routing/routing.png").read_bytes()[:4] == b"\x89PNG"
+    assert (output_dir / "routing.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_demo_upcycling_is_exact_and_changes_no_held_out_loss(results):

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 from dataclasses import asdict, fields
@@ -311,6 +312,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     results = Demo(settings, output_dir).run()
+    shutil.copyfile(output_dir / "seed0/moe_all-routing/routing.png", output_dir / "routing.png")
     (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print_results(results, output_dir)
     return results

@@ -111,4 +111,4 @@ def print_results(results: dict[str, Any], output_dir: Path) -> None:
     console.print(
         f"All stages took {seconds:.0f} s, this run {results['seconds_of_this_run']:.0f} s, {memory:.1f} GiB"
     )
-    console.print(f"Results: {output_dir / 'results.json'}; pictures: {output_dir}/seed*/*-routing/routing.png")
+    console.print(f"Results: {output_dir / 'results.json'}; heat map of the routing: {output_dir / 'routing.png'}")

@@ -88,7 +88,9 @@ def _first_difference(dense: nn.Module, moe: nn.Module, inputs: torch.Tensor) ->
     return None
 
 
-def verify(dense: nn.Module, moe: nn.Module, inputs: torch.Tensor | None = None, *, seed: int = 0) -> VerificationResult:
+def verify(
+    dense: nn.Module, moe: nn.Module, inputs: torch.Tensor | None = None, *, seed: int = 0
+) -> VerificationResult:
     """Compare the logits of a dense model and of the MoE made from it; neither is changed.
 
     Models in a 16-bit dtype are compared as float32 copies, so that the comparison shows the conversion and not

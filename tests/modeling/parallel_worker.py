@@ -24,7 +24,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def compare(folder: str, layout: str) -> None:
     reference = AutoModelForCausalLM.from_pretrained(folder).train()
-    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**LAYOUTS[layout])).train()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, distributed_config=DistributedConfig(**LAYOUTS[layout])
+    ).train()
     assert dist.get_world_size() == 2
     rank = dist.get_rank()
     sharded = [n for n, p in model.named_parameters() if ".experts." in n and hasattr(p, "placements")]

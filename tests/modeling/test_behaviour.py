@@ -137,9 +137,7 @@ def test_left_padded_generation_equals_unpadded(model):
     expected = model.generate(short, max_new_tokens=6, do_sample=False)[:, 5:]
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), short], 1)
     mask = (torch.arange(9) >= 4).long()[None]
-    assert torch.equal(
-        model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, 9:], expected
-    )
+    assert torch.equal(model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, 9:], expected)
 
 
 def test_beams_with_and_without_cache_agree(model):
