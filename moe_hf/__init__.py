@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from moe_hf.auto_classes import register_when_loaded
+from moe_hf.auto_classes import check_installed_transformers, register_when_loaded
 
 
 __version__ = "0.1.0"
@@ -34,4 +34,5 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_MODULES])
 
 
+check_installed_transformers()
 register_when_loaded()

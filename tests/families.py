@@ -272,6 +272,13 @@ REFUSED = {
     "activation-sparsity": Refusal("gemma3n_text", "sparsity", {"activation_sparsity_pattern": [0.9, 0.0, 0.0]}),
     "moe-mixtral": Refusal("mixtral", "already has experts", {"num_local_experts": 4}),
     "moe-qwen3_moe": Refusal("qwen3_moe", "already has experts", {"num_experts": 4, "moe_intermediate_size": 40}),
+    "moe-beside-mlp": Refusal("granitemoehybrid", "already has experts", {"num_local_experts": 4}),
+    "moe-of-parallel-experts": Refusal("granitemoe", "already has experts", {"num_local_experts": 4}),
+    "moe-gemma4_text": Refusal(
+        "gemma4_text",
+        "already has experts",
+        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 40},
+    ),
     "encoder": Refusal("bert", "not a decoder"),
     "encoder-as-decoder": Refusal("bert", "no decoder layer with a known MLP", {"is_decoder": True}),
     "state-space-without-mlp": Refusal("mamba", "no decoder layer with a known MLP"),

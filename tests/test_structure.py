@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedConfig
 
-from moe_hf import MoEConfig
+from moe_hf import MoEConfig, auto_classes
+from moe_hf.modeling import configuration_moe
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,6 +239,36 @@ def test_tree_in_the_document_equals_the_disk(document, depths):
     actual = {path for path in tree_paths(document) if not path.endswith("__init__.py")}
     assert actual - expected == set(), "named, and not on the disk"
     assert expected - actual == set(), "on the disk, and not named"
+
+
+def test_names_and_make_targets_in_the_documents_exist():
+    import moe_hf
+
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for document in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text()
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            ast.parse(block)
+        for name in re.findall(r"\bmoe_hf\.([a-zA-Z_]+)\b(?=\()", text):
+            assert hasattr(moe_hf, name), f"{document} names moe_hf.{name}"
+        for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE):
+            assert target in targets, f"{document} names make {target}"
+        for path in re.findall(r"\b(?:training|examples|tests|moe_hf|model_cards)/[\w./-]*\w", text):
+            assert (ROOT / path).exists(), f"{document} names {path}"
+
+
+def test_supported_transformers_are_the_same_everywhere():
+    lowest, beyond = auto_classes.SUPPORTED_TRANSFORMERS
+    assert (lowest, beyond) == configuration_moe.SUPPORTED_TRANSFORMERS
+    (required,) = re.findall(r'"transformers(>[^"]*)"', (ROOT / "pyproject.toml").read_text())
+    assert required == f">={lowest.removesuffix('.0')},<{beyond}"
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.22.0", "6.0.0"])
+def test_importing_with_another_transformers_is_one_clear_sentence(version, monkeypatch):
+    monkeypatch.setattr(auto_classes.metadata, "version", lambda name: version)
+    with pytest.raises(ImportError, match=f"5.23.0, < 6, and {version} is installed"):
+        auto_classes.check_installed_transformers()
 
 
 def test_importing_the_package_loads_no_torch():

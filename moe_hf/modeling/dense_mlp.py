@@ -18,6 +18,7 @@ from .configuration_moe import MoEError
 
 
 MLP_ATTRIBUTES = ("mlp", "feed_forward", "ffn", "mlp_block", "mixer", "shared_mlp")
+EXPERTS_ATTRIBUTES = ("experts", "block_sparse_moe")
 INLINE_ATTRIBUTE = "mlp"
 
 # (gate, up, down); without a gate, `up` may hold gate and up fused, which its shape tells.
@@ -113,12 +114,16 @@ def _describe(holder: nn.Module, layer_index: int, layer: str, attribute: str | 
 
 
 def _site_of_layer(layer: nn.Module, layer_index: int, name: str) -> MLPSite | None:
+    for path, module in layer.named_modules():
+        # Beside a dense MLP too: some families add experts' outputs to it.
+        if path.rpartition(".")[2] in EXPERTS_ATTRIBUTES:
+            raise MoEError(
+                f"{name}.{path} ({type(module).__name__}): the source already has experts; give a dense model."
+            )
     for attribute in MLP_ATTRIBUTES:
         mlp = getattr(layer, attribute, None)
         if not isinstance(mlp, nn.Module):
             continue
-        if hasattr(mlp, "experts"):
-            raise MoEError(f"{name}.{attribute} ({type(mlp).__name__}) already has experts; give a dense model.")
         site = _describe(mlp, layer_index, name, attribute)
         if site is not None:
             return site

@@ -134,6 +134,7 @@ def _rebuild_inline(layer: type, site_names: tuple[str, str | None, str]):
 
 
 def put_block(base_model: nn.Module, site: MLPSite, block: MoEBlock) -> None:
+    """Put `block` in the place of the MLP at `site`, which is dropped."""
     layer = base_model.get_submodule(site.layer)
     if site.attribute is not None:
         setattr(layer, site.attribute, block)

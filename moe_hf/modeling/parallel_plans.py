@@ -9,6 +9,7 @@ def wildcard(name: str) -> str:
 
 
 def expert_parallel_plan(block: str, site: MLPSite) -> dict[str, str]:
+    """Each rank holds some of the experts; tokens are sent to the rank of their expert and back."""
     first = "gate_up_proj" if site.gated else "up_proj"
     names = [first, "down_proj"] + ([f"{first}_bias", "down_proj_bias"] if site.has_bias else [])
     return {
