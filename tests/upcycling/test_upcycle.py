@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel, LlamaModel, T5Config, T5ForConditionalGeneration
 
-from moe_hf import MoEError, upcycle, verify
+from moe_hf import MoEConfig, MoEError, MoEForCausalLM, upcycle, verify
 from tests.tiny_models import random_ids, tiny_dense, tiny_native_moe
 
 
@@ -61,7 +61,7 @@ def test_noise_is_relative_and_its_error_is_recorded():
     moe = upcycle(dense, num_experts=4, noise=0.1)
     source = dense.model.layers[0].mlp.down_proj.weight
     difference = moe.model.layers[0].mlp.experts.down_proj - source
-    assert float(difference.std() / source.std()) == pytest.approx(0.1, rel=0.02)
+    assert float((difference.std() / source.std()).detach()) == pytest.approx(0.1, rel=0.02)
     assert 1e-4 < moe.config.upcycling["verification"]["relative_error"] < 1
 
 
@@ -134,6 +134,25 @@ def test_a_source_that_cannot_be_upcycled_is_refused_with_the_reason(case, tmp_p
         upcycle(source)
 
 
+def broken_folder(folder, how):
+    tiny_dense("llama").save_pretrained(folder, max_shard_size="60KB")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    if how == "missing":
+        shard.unlink()
+    elif how == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    else:
+        index = folder / "model.safetensors.index.json"
+        index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "outside"])
+def test_a_folder_with_broken_shards_is_refused(how, tmp_path):
+    broken_folder(tmp_path / "dense", how)
+    with pytest.raises(MoEError, match="model-00002|outside"):
+        upcycle(tmp_path / "dense")
+
+
 BAD_ARGUMENTS = {
     "init": ({"init": "magic"}, "must be one of .*copy"),
     "noise": ({"noise": -0.1}, "at least 0"),
@@ -153,8 +172,6 @@ def test_a_bad_argument_gives_one_clear_error(case):
 
 
 def test_an_unknown_activation_is_named():
-    from moe_hf import MoEConfig, MoEForCausalLM
-
     config = MoEConfig(text_config=tiny_dense("llama").config)
     config.text_config.hidden_act = "wobble"
     with pytest.raises(MoEError, match="wobble"):
