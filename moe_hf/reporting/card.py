@@ -8,26 +8,16 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from torch import nn
 from transformers import PreTrainedModel
 
 from moe_hf.errors import MoEError
+from moe_hf.inspection import ModelFacts, inspect_model
 from moe_hf.resources import resource_path
 
 
 METADATA_FACTS = ("base_model", "license", "language", "datasets", "metrics", "tags")
 SECTION_FACTS = ("title", "training", "evaluation", "commands", "limits")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_ROUTING_FIELDS = (
-    "router_type",
-    "moe_intermediate_size",
-    "scoring_func",
-    "norm_topk_prob",
-    "routed_scaling_factor",
-    "shared_expert_intermediate_size",
-    "router_aux_loss_coef",
-    "router_z_loss_coef",
-)
 
 
 def model_card(
@@ -55,7 +45,8 @@ def model_card(
     """
     facts = _checked_facts(card_facts or {})
     upcycling = getattr(model.config, "upcycling", None) or {}
-    routing = _routing(model)
+    counted = inspect_model(model)
+    routing = _routing_rows(counted)
     base_model = facts.get("base_model") or hub_id(upcycling.get("source"))
     name = repo_id or "path/to/this/folder"
     tags = ["moe", "mixture-of-experts"] if routing else []
@@ -76,7 +67,7 @@ def model_card(
         title=facts.get("title") or (repo_id.split("/")[-1] if repo_id else type(model).__name__),
         base_model_name=base_model if isinstance(base_model, str) else None,
         dense_family=getattr(text_config, "model_type", None) or model.config.model_type,
-        parameters=parameter_counts(model),
+        parameters=_parameter_rows(counted),
         routing=routing,
         upcycling=_upcycling_rows(upcycling),
         training=facts.get("training"),
@@ -92,56 +83,11 @@ def model_card(
     )
 
 
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Count the parameters of a model by part; tied weights count once.
-
-    Args:
-        model (`nn.Module`): ours, a native MoE of transformers, or a dense model. A MoE module is one with a child
-            `experts` that holds 3-D parameters, `(E, ..., ...)`; K is read from the config.
-
-    Returns:
-        `dict` of name and number of parameters: `total`; for a MoE also `active per token` (K of E routed experts and
-        everything else, embeddings included), `routed experts`, `shared experts`, `routers` and `everything else`.
-        A part without parameters is left out.
-    """
-    total = sum(parameter.numel() for parameter in model.parameters())
-    parts = {"routed experts": 0, "shared experts": 0, "routers": 0}
-    active = total
-    for block in moe_blocks(model):
-        routed = sum(parameter.numel() for parameter in block.experts.parameters())
-        num_experts = next(parameter.shape[0] for parameter in block.experts.parameters() if parameter.ndim >= 3)
-        parts["routed experts"] += routed
-        active -= routed - routed * min(_experts_per_token(model), num_experts) // num_experts
-        for name, child in block.named_children():
-            if name.startswith("shared_expert"):
-                parts["shared experts"] += sum(parameter.numel() for parameter in child.parameters())
-            elif name in ("gate", "router"):
-                parts["routers"] += sum(parameter.numel() for parameter in child.parameters())
-    if not parts["routed experts"]:
-        return {"total": total}
-    counts = {"total": total, "active per token": active, **parts, "everything else": total - sum(parts.values())}
-    return {name: count for name, count in counts.items() if count}
-
-
-def moe_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that have experts: those with a child `experts` with 3-D parameters."""
-    blocks = []
-    for module in model.modules():
-        experts = module._modules.get("experts")
-        if experts is not None and any(parameter.ndim >= 3 for parameter in experts.parameters(recurse=False)):
-            blocks.append(module)
-    return blocks
-
-
-def _experts_per_token(model: nn.Module) -> int:
-    config = model.config.get_text_config()
-    for name in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k"):
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
-    raise MoEError(
-        f"{type(config).__name__} does not say how many experts a token uses: num_experts_per_tok was not found."
-    )
+def _parameter_rows(facts: ModelFacts) -> dict[str, int]:
+    rows = {"total": facts.total_parameters}
+    if facts.num_experts:
+        rows |= {"active per token": facts.active_parameters} | facts.parameters_per_part
+    return rows
 
 
 def _checked_facts(facts: dict[str, Any]) -> dict[str, Any]:
@@ -173,16 +119,13 @@ def _has_code(model: PreTrainedModel) -> bool:
     return model.config.model_type == "moe_hf"
 
 
-def _routing(model: PreTrainedModel) -> dict[str, Any]:
-    blocks = moe_blocks(model)
-    if not blocks:
+def _routing_rows(facts: ModelFacts) -> dict[str, Any]:
+    if not facts.num_experts:
         return {}
-    config = model.config.get_text_config()
-    values = {name: getattr(config, name, None) for name in _ROUTING_FIELDS}
-    first = next(parameter for parameter in blocks[0].experts.parameters() if parameter.ndim >= 3)
-    shown = {name: value for name, value in values.items() if value not in (None, 0, 0.0)}
-    required = {"num_experts": first.shape[0], "num_experts_per_tok": _experts_per_token(model)}
-    return {"layers with experts": f"{len(blocks)} of {config.num_hidden_layers}", **required, **shown}
+    shown = {name: value for name, value in facts.routing.items() if value not in (None, 0, 0.0)}
+    layers = f"{facts.num_moe_layers} of {facts.num_layers}"
+    required = {"num_experts": facts.num_experts, "num_experts_per_tok": facts.num_experts_per_tok}
+    return {"layers with experts": layers, **required, **shown}
 
 
 def _upcycling_rows(upcycling: dict[str, Any]) -> dict[str, Any]:
