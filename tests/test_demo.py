@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from moe_hf.errors import MoEError
-from training.bigram import KneserNeyBigram, neighbours
-from training.demo import main
-from training.demo_settings import ARMS, TINY, Settings, parse_arguments
-from training.demo_tables import COMPARISONS
-from training.stages import Stages
+from training.demo.bigram import KneserNeyBigram, neighbours
+from training.demo.job import main
+from training.demo.settings import ARMS, TINY, Settings, parse_arguments
+from training.demo.stages import Stages
+from training.demo.tables import COMPARISONS
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import os
 import platform
 import resource
 import shutil
-import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -32,9 +31,11 @@ from moe_hf.errors import MoEError
 from moe_hf.finetuning import apply_scope
 from moe_hf.reporting.plots import plot_routing
 from moe_hf.reporting.routing_counts import count_routing
-from training.bigram import KneserNeyBigram, neighbours
-from training.demo_settings import ARMS, Settings, dense_config, parse_arguments
-from training.demo_steps import (
+
+from .bigram import KneserNeyBigram, neighbours
+from .settings import ARMS, Settings, dense_config, parse_arguments
+from .stages import Stages
+from .steps import (
     batches,
     can_pack,
     count_parameters,
@@ -45,8 +46,7 @@ from training.demo_steps import (
     save_probe,
     train,
 )
-from training.demo_tables import print_results, summary
-from training.stages import Stages
+from .tables import print_results, summary
 
 
 EVALUATION_BATCH = 16
@@ -316,10 +316,3 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print_results(results, output_dir)
     return results
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except MoEError as error:
-        sys.exit(f"Error: {error}")
