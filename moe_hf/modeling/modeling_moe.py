@@ -193,6 +193,11 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
     def _named_arguments(self, args: tuple, kwargs: dict) -> dict:
         return dict(zip(self._forward_names, args, strict=False)) | kwargs
 
+    def _take_flag(self, named: dict, name: str) -> bool:
+        """Take a flag that the dense forward does not know out of its arguments; the config has the default."""
+        value = named.pop(name, None)
+        return getattr(self.config, name) if value is None else value
+
     def _wants_record(self, output_router_logits: bool) -> bool:
         config = self.config
         has_losses = config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0
@@ -280,12 +285,8 @@ class MoEModel(MoEPreTrainedModel):
             current.has_model = True
             self._describe_batch(current, named)
             return super().forward(**named)
-        return_dict = named.pop("return_dict", None)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        output_router_logits = named.pop("output_router_logits", None)
-        output_router_logits = (
-            self.config.output_router_logits if output_router_logits is None else output_router_logits
-        )
+        return_dict = self._take_flag(named, "return_dict")
+        output_router_logits = self._take_flag(named, "output_router_logits")
         with routing_pass(RoutingPass(record=self._wants_record(output_router_logits), has_model=True)) as current:
             self._describe_batch(current, named)
             outputs = super().forward(**named, return_dict=True)
@@ -312,12 +313,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         micro-batch's share of those labels, as the language-modelling loss is.
         """
         named = self._named_arguments(args, kwargs)
-        return_dict = named.pop("return_dict", None)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        output_router_logits = named.pop("output_router_logits", None)
-        output_router_logits = (
-            self.config.output_router_logits if output_router_logits is None else output_router_logits
-        )
+        return_dict = self._take_flag(named, "return_dict")
+        output_router_logits = self._take_flag(named, "output_router_logits")
         with routing_pass(RoutingPass(record=self._wants_record(output_router_logits))) as current:
             # Some heads call the decoder inside the base model, which then does not describe the batch itself.
             self._describe_batch(current, named)
