@@ -131,7 +131,7 @@ def _routing_rows(facts: ModelFacts) -> dict[str, Any]:
 def _upcycling_rows(upcycling: dict[str, Any]) -> dict[str, Any]:
     if not upcycling:
         return {}
-    rows = {"source": hub_id(upcycling.get("source")), "experts start as": upcycling.get("method")}
+    rows = {"source": hub_id(upcycling.get("source")), "experts start as": (upcycling.get("init") or {}).get("name")}
     rows |= {name: upcycling.get(name) for name in ("noise", "seed")}
     check = upcycling.get("verification") or {}
     if "relative_error" in check:

@@ -1,121 +1,127 @@
-"""Fills the MoE blocks from the dense MLPs that they replace.
+"""Initialisers: which neurons of the dense MLP each expert starts from.
 
-Letters: D model width, F expert width, E experts.
+An initialiser is a frozen dataclass whose fields are its options. `INITIALISERS` maps names to classes; where an
+`init` is expected, a name stands for the class with its default options.
+
+Letters: F expert width, E experts.
 """
 
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
 import torch
-from torch import nn
 
-from moe_hf.modeling.configuration_moe import MoEConfig, MoEError
-from moe_hf.modeling.dense_mlp import MLPSite, activation_of, expert_tensors, holder_of
-from moe_hf.modeling.moe_block import MoEBlock
-
-
-INITIALISERS = ("copy",)
+from moe_hf.errors import MoEError
+from moe_hf.modeling.configuration_moe import MoEConfig
+from moe_hf.modeling.dense_mlp import MLPSite
+from moe_hf.upcycling.recipes import ExpertRecipe
 
 
-def check_init(init: str, noise: float) -> None:
-    """Refuse an unknown initialiser or a noise that is not a finite number of at least 0."""
-    if init not in INITIALISERS:
-        raise MoEError(f"init is {init!r}; it must be one of {list(INITIALISERS)}.")
-    if not 0 <= noise < float("inf"):
-        raise MoEError(f"noise is {noise}; it must be finite and at least 0, relative to each tensor's own spread.")
+@dataclass(frozen=True)
+class DenseLayer:
+    """What an initialiser may know of the layer whose MLP it turns into experts.
 
-
-@torch.no_grad()
-def fill_blocks(dense_base: nn.Module, moe_base: nn.Module, config: MoEConfig, *, noise: float, seed: int) -> None:
-    """Copy each dense MLP into all experts of its layer, and draw the routers.
-
-    With `noise` > 0 each expert tensor gets Gaussian noise of that many standard deviations of the tensor. Router
-    rows are N(0, 1 / D), so that logits have a spread of about 1 on a normalised input, whatever the width.
-
-    Args:
-        dense_base, moe_base (`nn.Module`): the decoders without heads, of the same family.
-        config (`MoEConfig`): the MoE model's configuration.
-        noise (`float`): dimensionless.
-        seed (`int`): of all random numbers; the same seed gives the same bytes.
-
-    Source: sparse upcycling, section 3 (https://huggingface.co/papers/2212.05055).
+    Attributes:
+        site: where the MLP is, its widths, whether it is gated.
+        read: `read(piece, source=0) -> torch.Tensor`, a piece of the dense MLP (see `recipes`), loaded when asked for.
+        width: F, of one expert.
+        seed: of all random numbers; combine it with the layer's index.
     """
-    generator = torch.Generator().manual_seed(seed)
-    for site in moe_base._moe_sites:
-        block: MoEBlock = moe_base.get_submodule(site.block)
-        holder = holder_of(dense_base, site)
-        tensors = expert_tensors(holder, site)
-        _copy_activation(activation_of(holder, site), block)
-        share = _fill_shared_expert(block, tensors, config)
-        for name, tensor in tensors.items():
-            target = getattr(block.experts, name)
-            if target.shape[1:] != tensor.shape:
-                raise MoEError(
-                    f'init="copy" needs experts as wide as the dense MLP of {site.layer} '
-                    f"({site.intermediate_size}), and moe_intermediate_size is {config.moe_intermediate_size}."
-                )
-            target.copy_(tensor * share if name.startswith("down_proj") else tensor)
-            if noise > 0:
-                drawn = torch.randn(target.shape, generator=generator, dtype=torch.float32)
-                spread = tensor.float().std(unbiased=False)
-                target.add_((drawn * noise).to(target.device) * spread.to(target.device))
-        rows = torch.randn(block.gate.weight.shape, generator=generator, dtype=torch.float32)
-        block.gate.weight.copy_(rows / site.hidden_size**0.5)
+
+    site: MLPSite
+    read: Callable[..., torch.Tensor]
+    width: int
+    seed: int
 
 
-def _copy_activation(activation: object, block: MoEBlock) -> None:
-    """Copy what an activation has learned, where it is a module with parameters."""
-    for part in (block.experts, block.shared_expert):
-        if part is not None and isinstance(activation, nn.Module):
-            part.act_fn.load_state_dict(activation.state_dict())
+@dataclass(frozen=True, kw_only=True)
+class Initialiser:
+    """Base of the initialisers.
 
-
-def _fill_shared_expert(block: MoEBlock, tensors: dict[str, torch.Tensor], config: MoEConfig) -> float:
-    """Fill the shared expert, if any, and return the share of the output that the routed experts keep.
-
-    As wide as the dense MLP it takes half of the output: by a gate of zeros (sigmoid 0.5), or by halved output
-    weights. Otherwise its output weights are zero and the routed experts keep all.
+    `name` is what a user types, `equation` and `paper` go into a checkpoint's metadata.
     """
-    shared = block.shared_expert
-    if shared is None:
-        return 1.0
-    first = "gate_up_proj" if shared.gate_proj is not None else "up_proj"
-    if config.shared_expert_intermediate_size != tensors["down_proj"].shape[1]:
-        nn.init.zeros_(shared.down_proj.weight)
-        if shared.down_proj.bias is not None:
-            nn.init.zeros_(shared.down_proj.bias)
-        return 1.0
-    gated = block.shared_expert_gate is not None
-    if gated:
-        nn.init.zeros_(block.shared_expert_gate.weight)
-    for suffix, kind in (("", "weight"), ("_bias", "bias")):
-        if first + suffix not in tensors:
-            continue
-        rows = tensors[first + suffix]
-        if shared.gate_proj is not None:
-            gate, rows = rows.chunk(2)
-            getattr(shared.gate_proj, kind).copy_(gate)
-        getattr(shared.up_proj, kind).copy_(rows)
-        getattr(shared.down_proj, kind).copy_(tensors["down_proj" + suffix] * (1.0 if gated else 0.5))
-    return 0.5
+
+    name: ClassVar[str]
+    equation: ClassVar[str]
+    paper: ClassVar[str]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the experts compute the dense function when a token's weights sum to `routed_scaling_factor`."""
+        return True
+
+    @property
+    def shards(self) -> int:
+        """Experts that only together hold one dense MLP; they share a router row at the start."""
+        return 1
+
+    def expert_width(self, dense_width: int) -> int | None:
+        """The expert width that this initialiser asks for, or None for the configured one."""
+        return None
+
+    def check(self, config: MoEConfig) -> None:
+        """Refuse a configuration that this initialiser cannot fill.
+
+        Raises:
+            MoEError: with the field to change.
+        """
+
+    def experts(self, layer: DenseLayer, config: MoEConfig) -> list[ExpertRecipe]:
+        """The E experts of one layer, without the scale, noise and key that all initialisers share."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name, options, equation and source, for a checkpoint's metadata."""
+        return {"name": self.name, **asdict(self), "equation": self.equation, "paper": self.paper}
 
 
-def copy_shared_weights(dense: nn.Module, moe: nn.Module, sites: list[MLPSite], prefix: str) -> None:
-    """Copy every parameter and buffer outside of the replaced MLPs; each must exist on both sides, in one shape.
+@dataclass(frozen=True, kw_only=True)
+class Copy(Initialiser):
+    """Each expert is the dense MLP; wider experts are filled up with neurons of zeros, which stay zero in training."""
+
+    name: ClassVar[str] = "copy"
+    equation: ClassVar[str] = "E_i(x) = FFN(x)"
+    paper: ClassVar[str] = "sparse upcycling, section 3 (https://huggingface.co/papers/2212.05055)"
+
+    def experts(self, layer: DenseLayer, config: MoEConfig) -> list[ExpertRecipe]:
+        """E recipes that take all neurons in order."""
+        return [ExpertRecipe(neurons=padded(layer.site, layer.width))] * config.num_experts
+
+
+INITIALISERS: dict[str, type[Initialiser]] = {"copy": Copy}
+
+
+def padded(site: MLPSite, width: int) -> torch.Tensor | None:
+    """All dense neurons in order, filled up to `width` with -1; None when nothing is to be filled up.
 
     Raises:
-        MoEError: naming tensors that one side lacks.
+        MoEError: when the experts are narrower than the dense MLP.
     """
-    replaced = set()
-    for site in sites:
-        holder = f"{prefix}{site.layer}." + (f"{site.attribute}." if site.attribute else "")
-        names = [""] if site.attribute else [f"{n}." for n in (site.up, site.down, site.activation) if n]
-        replaced |= {holder + name for name in names}
-    blocks = tuple(f"{prefix}{site.block}." for site in sites)
-    source = {k: v for k, v in dense.state_dict().items() if not k.startswith(tuple(replaced))}
-    target = {k: v for k, v in moe.state_dict().items() if not k.startswith(blocks)}
-    if source.keys() != target.keys():
+    dense_width = site.intermediate_size
+    if width < dense_width:
         raise MoEError(
-            f"The dense model and the MoE model do not have the same tensors outside of the MLPs: only dense "
-            f"{sorted(source.keys() - target.keys())[:4]}, only MoE {sorted(target.keys() - source.keys())[:4]}."
+            f"moe_intermediate_size is {width}, less than the dense MLP of {site.layer} ({dense_width}): whole copies do "
+            f'not fit. Leave it out, or use init="granular" or "split", which cut the MLP into narrower experts.'
         )
-    with torch.no_grad():
-        for name, tensor in source.items():
-            target[name].copy_(tensor)
+    if width == dense_width:
+        return None
+    return torch.cat([torch.arange(dense_width), torch.full((width - dense_width,), -1)])
+
+
+def make_initialiser(init: str | Initialiser, options: dict[str, Any] | None = None) -> Initialiser:
+    """The initialiser that `init` names, with its options; an instance is returned as it is.
+
+    Raises:
+        MoEError: for an unknown name or option, or a value outside its range.
+    """
+    if isinstance(init, Initialiser):
+        return init
+    if init not in INITIALISERS:
+        raise MoEError(f"init is {init!r}; it must be one of {list(INITIALISERS)}, or an Initialiser.")
+    cls = INITIALISERS[init]
+    known = [f.name for f in fields(cls)]
+    unknown = sorted(set(options or {}) - set(known))
+    if unknown:
+        raise MoEError(f"init={init!r} has no option {unknown}; it has {known or 'none'}.")
+    return cls(**(options or {}))

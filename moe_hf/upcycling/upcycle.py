@@ -8,7 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moe_hf.modeling.configuration_moe import MoEConfig, MoEError
 from moe_hf.modeling.modeling_moe import MoEForCausalLM, MoEPreTrainedModel
-from moe_hf.upcycling.initialisers import check_init, copy_shared_weights, fill_blocks
+from moe_hf.upcycling.fill import copy_shared_weights, fill_blocks
+from moe_hf.upcycling.initialisers import Initialiser, make_initialiser
+from moe_hf.upcycling.method import UpcyclingMethod
 from moe_hf.upcycling.verification import EXACT_TOLERANCE, verify
 
 
@@ -17,8 +19,9 @@ def upcycle(
     *,
     num_experts: int = 8,
     num_experts_per_tok: int = 2,
-    init: str = "copy",
+    init: str | Initialiser = "copy",
     noise: float = 0.0,
+    shared_share: float = 0.5,
     seed: int = 0,
     verify_inputs: torch.Tensor | None = None,
     allow_inexact: bool = False,
@@ -33,9 +36,10 @@ def upcycle(
         dense (`PreTrainedModel`, `str` or `Path`): the model, a folder, or a Hub id. Never changed, nor aliased.
         num_experts (`int`): E, experts per layer.
         num_experts_per_tok (`int`): K, experts per token. K = 1 cannot be exact: the weight of one expert is below 1.
-        init (`str`): how the experts start; `"copy"`.
-        noise (`float`): relative Gaussian noise on each expert, in standard deviations of the tensor; makes the
+        init (`str` or `Initialiser`): how the experts start; a name of `INITIALISERS`, or an instance with options.
+        noise (`float`): relative Gaussian noise on each expert, in standard deviations of each projection; makes the
             model differ from the dense one by design, and the difference is measured.
+        shared_share (`float`): share of the output that a shared expert as wide as the dense MLP starts with.
         seed (`int`): of all random numbers, and of the tokens of the check.
         verify_inputs (`torch.Tensor`, *optional*): token ids (B, S) to check on, besides 2 x 64 random ones.
         allow_inexact (`bool`): accept a model that is not the dense one's equal; the measured error is stored.
@@ -48,9 +52,10 @@ def upcycle(
     Raises:
         MoEError: for a source that is no dense decoder, or a result that should be exact and is not.
     """
-    check_init(init, noise)
+    method = UpcyclingMethod(init=make_initialiser(init), noise=noise, shared_share=shared_share, seed=seed)
     source, model = _load_dense(dense)
     config = _moe_config(model, num_experts, num_experts_per_tok, config_fields)
+    method.check(config, model.dtype)
     with torch.device("meta"):
         # On the meta device first: a mistake in the fields costs nothing.
         MoEForCausalLM(copy.deepcopy(config))
@@ -59,19 +64,13 @@ def upcycle(
     sites = moe.base_model._moe_sites
     prefix = f"{moe.base_model_prefix}."
     copy_shared_weights(model, moe, sites, prefix)
-    fill_blocks(model.base_model, moe.base_model, config, noise=noise, seed=seed)
+    fill_blocks(model.base_model, moe.base_model, config, method)
     moe.tie_weights()
     if model.can_generate():
         moe.generation_config = copy.deepcopy(model.generation_config)
     result = verify(model, moe, verify_inputs, seed=seed)
-    config.upcycling = {
-        "source": source,
-        "method": init,
-        "noise": float(noise),
-        "seed": seed,
-        "verification": result.to_dict(),
-    }
-    if noise == 0 and not allow_inexact and not result.exact:
+    config.upcycling = {"source": source, **method.to_dict(), "verification": result.to_dict()}
+    if method.exact and not allow_inexact and not result.exact:
         raise MoEError(_inexact_message(config, result.relative_error, result.first_difference))
     return moe
 

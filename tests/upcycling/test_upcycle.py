@@ -33,7 +33,7 @@ def test_copied_experts_give_the_dense_logits(family, fields):
     with torch.no_grad():
         expected, actual = dense.eval()(ids).logits, moe(ids).logits
     assert float((actual - expected).norm() / expected.norm()) <= 1e-5
-    assert facts["method"] == "copy" and facts["seed"] == 0
+    assert facts["init"]["name"] == "copy" and facts["seed"] == 0
 
 
 def test_the_source_is_neither_changed_nor_aliased():
@@ -158,7 +158,7 @@ BAD_ARGUMENTS = {
     "noise": ({"noise": -0.1}, "at least 0"),
     "noise_nan": ({"noise": float("nan")}, "finite"),
     "k": ({"num_experts_per_tok": 9}, "between 1 and"),
-    "width": ({"moe_intermediate_size": 24}, "as wide as the dense MLP"),
+    "width": ({"moe_intermediate_size": 24}, "whole copies do not fit"),
     "typo": ({"router_zloss_coef": 0.1}, "nearest is 'router_z_loss_coef'"),
     "activation": ({"scoring_func": "relu"}, "softmax"),
 }
