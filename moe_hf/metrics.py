@@ -11,6 +11,7 @@ Letters: B batch, S sequence, V vocabulary.
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import datasets
 import evaluate
@@ -48,7 +49,7 @@ def token_statistics(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torc
     return statistics
 
 
-class _TokenMetric(evaluate.Metric):
+class _TokenMetric(evaluate.Metric, ABC):
     """Adds up token statistics; `compute` returns the result and starts anew."""
 
     def __init__(self, **kwargs):
@@ -110,8 +111,9 @@ class _TokenMetric(evaluate.Metric):
         self._reset()
         return {**result, "tokens": tokens}
 
+    @abstractmethod
     def _result(self, loss: float, accuracy: float) -> dict[str, float]:
-        raise NotImplementedError
+        """The metric, by name, from the mean loss and the share of right guesses."""
 
 
 class TokenLoss(_TokenMetric):
