@@ -8,10 +8,10 @@ WORKERS ?= 2
 
 # One torch thread per test worker: two workers with a thread pool each fight over two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-SOURCES := moe_hf training examples tests
+SOURCES := moe_hf training examples benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-all test-gpu conformance style quality clean
+.PHONY: help demo setup test test-all test-gpu conformance check-real style quality clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ test-all: $(STAMP)  ## the tests, the slow ones too
 
 conformance: $(STAMP)  ## transformers' own model tests over our classes; fetches its sources from PyPI
 	$(TEST_ENV) $(PYTEST) tests/conformance -m conformance --timeout 3600
+
+check-real: $(STAMP)  ## 8 models of the Hub: upcycled, verified, exported, compared with what is expected; needs a network
+	$(BIN)/python -m tests.check_real
 
 test-gpu: $(STAMP)  ## the tests that need CUDA; skips itself without it
 	$(TEST_ENV) $(PYTEST) -m gpu --timeout 3600

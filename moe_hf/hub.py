@@ -59,7 +59,7 @@ def save_model(
         `MoEError`: the folder exists or cannot be written, the tokenizer has more tokens than the model, or a fact has
             no place in the card; nothing is left behind.
     """
-    _check_vocabulary(model, tokenizer)
+    check_vocabulary(model, tokenizer)
     card = model_card(model, card_facts=card_facts, has_tokenizer=tokenizer is not None)
     with atomic_folder(output_dir) as folder:
         _write_files(folder, model, tokenizer, card, save_kwargs)
@@ -113,7 +113,7 @@ def push_model(
     api = HfApi(token=token)
     repo_id = _preflight_account(api, repo_id)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
-        _check_vocabulary(model, tokenizer)
+        check_vocabulary(model, tokenizer)
     elif tokenizer is not False:
         tokenizer = _find_tokenizer(model)
     tokenizer = tokenizer or None
@@ -157,7 +157,12 @@ def _shorten_local_source(config_file: Path) -> None:
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse a tokenizer with more tokens than the model has embeddings.
+
+    Raises:
+        `MoEError`: with both numbers.
+    """
     size = model.get_input_embeddings().num_embeddings
     if tokenizer is not None and len(tokenizer) > size:
         raise MoEError(

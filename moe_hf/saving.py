@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -45,7 +45,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         ```
     """
     destination = Path(os.path.abspath(path))
-    _refuse_existing(destination)
+    refuse_existing(destination)
     made = _make_parents(destination)
     temporary = temporary_sibling(destination)
     try:
@@ -71,22 +71,25 @@ def temporary_sibling(path: str | os.PathLike, tag: str | int | None = None) -> 
     return destination.with_name(f".{destination.name}.tmp-{os.getpid() if tag is None else tag}")
 
 
-def publish_folder(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
+def publish_folder(
+    temporary: str | os.PathLike, path: str | os.PathLike, known_sha256: Mapping[str, str] | None = None
+) -> None:
     """Flush a finished temporary folder, add its manifest and rename it to its destination.
 
     Args:
         temporary (`str` or `os.PathLike`): the folder with all files, on the same file system as `path`.
         path (`str` or `os.PathLike`): the destination, which must not exist.
+        known_sha256 (`Mapping[str, str]`, *optional*): see [`write_manifest`].
 
     Raises:
         `MoEError`: the destination exists.
     """
     temporary, destination = Path(temporary), Path(os.path.abspath(path))
-    write_manifest(temporary)
+    write_manifest(temporary, known_sha256)
     for folder, _, _ in os.walk(temporary, topdown=False):
         _fsync(folder)
     # os.replace puts a folder in the place of an empty one without a word, so the check is repeated here.
-    _refuse_existing(destination)
+    refuse_existing(destination)
     try:
         os.replace(temporary, destination)
     except OSError as error:
@@ -94,23 +97,25 @@ def publish_folder(temporary: str | os.PathLike, path: str | os.PathLike) -> Non
     _fsync(destination.parent)
 
 
-def write_manifest(folder: str | os.PathLike) -> Path:
+def write_manifest(folder: str | os.PathLike, known_sha256: Mapping[str, str] | None = None) -> Path:
     """Write `moe_hf_manifest.json`: the sha256 and the size in bytes of each file of a folder, flushed to the disk.
 
     The manifest itself and `README.md` are not listed.
 
     Args:
         folder (`str` or `os.PathLike`): the folder, taken with all its sub-folders.
+        known_sha256 (`Mapping[str, str]`, *optional*): of files by name, from who wrote them; they are not read again.
 
     Returns:
         `pathlib.Path` of the manifest.
     """
     folder = Path(folder)
-    files = {}
+    files, known = {}, known_sha256 or {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         _fsync(file)
+        name = file.relative_to(folder).as_posix()
         if file.name not in UNLISTED_NAMES:
-            files[file.relative_to(folder).as_posix()] = {"sha256": file_sha256(file), "size": file.stat().st_size}
+            files[name] = {"sha256": known.get(name) or file_sha256(file), "size": file.stat().st_size}
     manifest = folder / MANIFEST_NAME
     manifest.write_text(json.dumps({"format_version": 1, "files": files}, indent=2) + "\n", encoding="utf-8")
     _fsync(manifest)
@@ -184,7 +189,7 @@ def check_shard_index(folder: str | os.PathLike) -> None:
         _check_index(index)
     if not indexes:
         for file in singles:
-            _safetensors_names(file)
+            safetensors_header(file)
 
 
 def _check_index(index: Path) -> None:
@@ -202,15 +207,23 @@ def _check_index(index: Path) -> None:
         if not file.is_file():
             raise MoEError(f"Shard {shard} is missing from {index.parent}: {index.name} names it.")
         if file.suffix == ".safetensors":
-            absent = sorted(tensors - _safetensors_names(file))
+            absent = sorted(tensors - safetensors_header(file)[1].keys())
             if absent:
                 raise MoEError(
                     f"{file} lacks {absent[0]!r} and {len(absent) - 1} others that {index.name} puts there."
                 )
 
 
-def _safetensors_names(path: Path) -> set[str]:
-    """Tensor names of a safetensors file whose length agrees with its header."""
+def safetensors_header(path: str | os.PathLike) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Read the header of a safetensors file whose length agrees with it.
+
+    Returns:
+        the position of the first data byte, and tensor names to their `dtype`, `shape` and `data_offsets`.
+
+    Raises:
+        `MoEError`: the file is truncated, longer than its header tells, or no safetensors file.
+    """
+    path = Path(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
@@ -231,7 +244,7 @@ def _safetensors_names(path: Path) -> set[str]:
     if size != expected:
         kind = "truncated" if size < expected else "damaged"
         raise MoEError(f"{path} is {kind}: {size} bytes, its header tells {expected}. Use another copy of the file.")
-    return set(tensors)
+    return 8 + length, tensors
 
 
 def _refuse_outside(name: Any, source: Path) -> None:
@@ -260,7 +273,12 @@ def _existing_folder(folder: str | os.PathLike) -> Path:
     return folder
 
 
-def _refuse_existing(destination: Path) -> None:
+def refuse_existing(destination: str | os.PathLike) -> None:
+    """Refuse a destination that exists, as a file, a folder or a broken link.
+
+    Raises:
+        `MoEError`: nothing is overwritten.
+    """
     if os.path.lexists(destination):
         raise MoEError(f"{destination} exists: nothing was written. Choose another folder, or remove it first.")
 

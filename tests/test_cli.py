@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from moe_hf.cli import app
 from moe_hf.data import train_tokenizer
-from tests.tiny_models import random_ids, tiny_dense
+from moe_hf.upcycling.initialisers import INITIALISERS
+from moe_hf.upcycling.router_init import ROUTER_INITS
+from tests.tiny_models import random_ids, tiny_config, tiny_dense
 
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -52,7 +54,7 @@ def test_help_answers_within_a_second():
         done = subprocess.run([sys.executable, "-m", "moe_hf.cli", "--help"], capture_output=True, text=True)
         seconds.append(time.perf_counter() - start)
         assert done.returncode == 0
-        assert all(command in done.stdout for command in ("upcycle", "verify", "inspect"))
+        assert all(command in done.stdout for command in ("upcycle", "verify", "inspect", "export", "to-dense"))
     # The best of three: other tests share the machine.
     assert min(seconds) < 1
 
@@ -92,6 +94,81 @@ def test_upcycle_takes_any_config_field_and_dtype(folders, tmp_path):
     assert config["dtype"] == "bfloat16"
 
 
+def test_options_of_initialisers_are_recorded(folders, tmp_path):
+    options = ("--init", "granular", "--init-set", "shards=2", "--init-set", "permute=true", "--shared-share", 0.25)
+    options += (
+        "--router-init",
+        "zero",
+        "--router-init-set",
+        "noise=0.1",
+        "--set",
+        "shared_expert_intermediate_size=88",
+    )
+    result = run("upcycle", folders[0], tmp_path / "out", "--num-experts", 4, *options, "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert printed["folder"] == str(tmp_path / "out")
+    recorded = printed["upcycling"]
+    assert recorded["init"]["options"] == {"shards": 2, "permute": True, "ratio": 0.0}
+    assert recorded["router_init"]["name"] == "zero"
+    assert recorded["router_init"]["options"]["noise"] == 0.1
+    assert recorded["shared_share"] == 0.25
+    assert recorded["verification"]["relative_error"] <= 1e-5
+
+
+def test_help_names_every_initialiser():
+    output = run("upcycle", "--help").output
+    assert all(name in output for name in (*INITIALISERS, *ROUTER_INITS))
+
+
+def test_verification_can_be_left_out(folders, tmp_path):
+    result = run(
+        "upcycle", folders[0], tmp_path / "out", "--num-experts", 2, "--no-verify", "--max-shard-size", "300KB"
+    )
+    assert result.exit_code == 0, result.output
+    assert "not compared" in result.stdout
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["upcycling"]["verification"] is None
+
+
+def test_methods_that_look_at_data_take_a_text_file(folders, tmp_path):
+    (tmp_path / "data.txt").write_text("one two three " * 300)
+    options = ("--num-experts", 2, "--router-init", "kmeans")
+    assert "inputs" in error_of(run("upcycle", folders[0], tmp_path / "out", *options))
+    result = run("upcycle", folders[0], tmp_path / "out", *options, "--inputs", tmp_path / "data.txt")
+    assert result.exit_code == 0, result.output
+    recorded = json.loads((tmp_path / "out" / "config.json").read_text())["upcycling"]
+    assert recorded["router_init"]["name"] == "kmeans"
+    assert recorded["inputs"]["shape"][1] <= 80
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(folders, tmp_path):
+    result = run("upcycle", folders[0], "--dry-run", "--num-experts", 4)
+    assert result.exit_code == 0, result.output
+    for expected in ("parameters", "memory to train", "FLOPs per token", "mixtral", "papers/2406.06563"):
+        assert expected in result.stdout
+    assert "WARNING" not in result.stdout
+    result = run("upcycle", folders[0], tmp_path / "out", "--dry-run", "--num-experts", 4, "--json")
+    plan = json.loads(result.stdout)
+    model = AutoModelForCausalLM.from_pretrained(folders[1])
+    assert plan["moe"]["total_parameters"] == sum(p.numel() for p in model.parameters())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_warns_when_no_native_family_fits(tmp_path):
+    tiny_config("gpt2").save_pretrained(tmp_path)
+    assert "WARNING: no native family" in run("upcycle", tmp_path, "--dry-run").stdout
+
+
+def test_required_export_that_is_not_exact_is_refused_before_anything_is_written(folders, tmp_path):
+    unknown = ("--set", "router_type=top_k", "--set", "scoring_func=sigmoid")
+    message = error_of(run("upcycle", folders[0], tmp_path / "out", "--require-export", "mixtral", *unknown))
+    assert "mixtral cannot hold" in message
+    assert list(tmp_path.iterdir()) == []
+    result = run("upcycle", folders[0], tmp_path / "out", "--num-experts", 2, "--require-export", "mixtral")
+    assert result.exit_code == 0, result.output
+
+
 def test_verify_reports_equal_models(folders):
     result = run("verify", folders[0], folders[1], "--json")
     assert result.exit_code == 0, result.output
@@ -116,6 +193,10 @@ def test_inspect_reads_the_config_alone(folders, tmp_path):
     assert "routed experts" in run("inspect", tmp_path).stdout
 
 
+def test_missing_destination_is_one_message(folders):
+    assert "DST is missing" in error_of(run("upcycle", folders[0]))
+
+
 def test_existing_destination_is_refused_and_untouched(folders, tmp_path):
     (tmp_path / "kept.txt").write_text("kept")
     assert "exists" in error_of(run("upcycle", folders[0], tmp_path))
@@ -135,6 +216,12 @@ def test_existing_destination_is_refused_and_untouched(folders, tmp_path):
         (("--set", "router_aux_loss_coeff=1"), "router_aux_loss_coef"),
         (("--set", "first_k_dense_replace"), "FIELD=VALUE"),
         (("--set", "first_k_dense_replace=[1"), "first_k_dense_replace"),
+        (("--init-set", "ratio=0.5"), "ratio"),
+        (("--init", "drop", "--init-set", "ratio"), "--init-set takes"),
+        (("--router-init", "magic"), "router_init"),
+        (("--inputs", "nowhere.txt"), "not a file"),
+        (("--require-export", "magic"), "no native family"),
+        (("--dtype", "float32", "--no-verify"), "--dtype auto"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )

@@ -53,3 +53,38 @@ def test_04_loaded_model_equals_the_saved_one():
     assert "model.safetensors" in output
     assert "modeling_moe.py" in output
     assert float(re.search(r"loading: (\S+)", output).group(1)) <= 1e-6
+
+
+def test_05_initialisers_that_promise_the_dense_function_keep_it():
+    output = run("05_initialisers.py")
+    rows = {line[:16].strip(): line[16:].split() for line in output.splitlines()[1:]}
+    errors = {name: float(cells[0]) for name, cells in rows.items() if name != "dense"}
+    assert all(errors[name] <= 1e-5 for name in ("copy", "granular", "shared expert"))
+    assert all(errors[name] > 1e-2 for name in ("noise", "drop", "split"))
+    assert int(rows["split"][-1].replace(",", "")) < int(rows["dense"][-1].replace(",", ""))
+
+
+def test_06_exported_model_is_a_native_one_and_comes_back():
+    output = run("06_export_to_native.py")
+    assert "exported as MixtralForCausalLM" in output
+    assert float(re.search(r"logits: (\S+)", output).group(1)) <= 1e-6
+    assert "every number is the same" in output
+
+
+def test_07_growing_is_exact_and_the_rest_is_measured():
+    output = run("07_surgery.py")
+    changed = dict(re.findall(r"^(.+): .* changed by (\S+)$", output, re.MULTILINE))
+    assert float(changed["grown"]) <= 1e-6
+    assert float(changed["expert added"]) > 1e-3
+    differ = dict(re.findall(r"(average|merged): .* by (\S+)$", output, re.MULTILINE))
+    assert float(differ["merged"]) < float(differ["average"])
+
+
+def test_08_mixed_specialists_know_what_both_know():
+    output = run("08_mixing_specialists.py", "--steps", "30")
+    rows = {line[:28].strip(): [float(cell) for cell in line[28:].split()] for line in output.splitlines()[1:]}
+    code, prose = 0, 1
+    for domain, name in ((code, "code specialist"), (prose, "prose specialist")):
+        assert rows[name][domain] < rows["base"][domain]
+    assert rows["mix, untrained"][-1] < rows["base"][-1]
+    assert rows["mix, trained on both"][-1] < min(rows["code specialist"][-1], rows["prose specialist"][-1])

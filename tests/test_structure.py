@@ -17,7 +17,7 @@ from moe_hf.modeling import configuration_moe
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moe_hf"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-PROGRAMS = sorted((ROOT / "training").rglob("*.py")) + sorted((ROOT / "examples").glob("*.py"))
+PROGRAMS = [path for name in ("training", "examples", "benchmarks") for path in sorted((ROOT / name).rglob("*.py"))]
 TRAVELLING = [path for path in sorted((PACKAGE / "modeling").glob("*.py")) if path.name != "__init__.py"]
 MODELING_ORDER = [
     "configuration_moe",
@@ -32,10 +32,10 @@ LAYERS = [
     {"modeling"},
     {"auto_classes"},
     {"errors"},
-    {"resources", "saving", "data", "metrics"},
+    {"resources", "saving", "weight_files", "data", "metrics"},
     {"upcycling", "finetuning", "interchange", "inspection"},
-    {"reporting"},
-    {"hub"},
+    {"reporting", "planning"},
+    {"hub", "streaming"},
     {"trainer"},
     {"cli"},
 ]
@@ -89,7 +89,7 @@ def test_imports_point_down_the_layers(path):
     assert own is not None, f"{part_of(path)} has no layer: add it to LAYERS, and to ARCHITECTURE.md"
     for name in imported_modules(path):
         top, *parts = name.split(".")
-        assert top not in ("training", "examples", "tests"), f"the library imports {name}"
+        assert top not in ("training", "examples", "benchmarks", "tests"), f"the library imports {name}"
         # What moe_hf/__init__.py itself defines, such as __version__, has no layer.
         level = layer_of(parts[0]) if top == "moe_hf" and parts else None
         assert level is None or level <= own, f"{relative(path)} imports {name}, which is above it"

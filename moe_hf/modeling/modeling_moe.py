@@ -107,13 +107,14 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         self._dense_class.__init__(self, text_config, *args, **kwargs)
         self.config = config
         config._attn_implementation_internal = text_config._attn_implementation_internal
-        config._experts_implementation_internal = self._check_and_adjust_experts_implementation(
-            config._experts_implementation
-        )
+        requested = config._experts_implementation
+        config._experts_implementation_internal = self._check_and_adjust_experts_implementation(requested)
         base_model = self.base_model
         if base_model is self and not isinstance(self, MoEModel):
             raise MoEError(f"{self._dense_class.__name__} has no base model apart from its head; it is not supported.")
         self._install_blocks(base_model)
+        if requested is None and not _rows_are_aligned(base_model):
+            config._experts_implementation_internal = "eager"
         self._adopt_submodels(base_model)
         self.post_init()
 
@@ -239,6 +240,13 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
             "load_balancing_loss": torch.stack(balance).mean(),
             "router_z_loss": torch.stack(z_loss).mean(),
         }
+
+
+def _rows_are_aligned(base_model: nn.Module) -> bool:
+    """Whether `grouped_mm`, the default, can read the experts: it refuses rows that are no multiples of 16 bytes."""
+    experts = [module for module in base_model.modules() if isinstance(module, MoEBlock)]
+    weights = [weight for block in experts for weight in block.experts.parameters() if weight.dim() == 3]
+    return all(weight.shape[-1] * weight.element_size() % 16 == 0 for weight in weights)
 
 
 def _dense_class(config: MoEConfig, mapping) -> type:

@@ -137,6 +137,8 @@ def _upcycling_rows(upcycling: dict[str, Any]) -> dict[str, Any]:
     if "relative_error" in check:
         tokens = f", on {check['num_tokens']} tokens" if "num_tokens" in check else ""
         rows["logits against the dense model"] = f"{check['relative_error']:.1e} relative, in float32{tokens}"
+    if "surgery" in upcycling:
+        rows["then"] = ", ".join(step["operation"] for step in upcycling["surgery"])
     return {name: value for name, value in rows.items() if value is not None}
 
 

@@ -1,17 +1,29 @@
 """`upcycle`: a dense causal language model in, a verified MoE model out."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_hf.modeling.configuration_moe import MoEConfig, MoEError
+from moe_hf.modeling.dense_mlp import MLPSite, find_mlp_sites
 from moe_hf.modeling.modeling_moe import MoEForCausalLM, MoEPreTrainedModel
-from moe_hf.upcycling.fill import copy_shared_weights, fill_blocks
+from moe_hf.upcycling.fill import copy_other_weights, fill_blocks, outside_mlps
 from moe_hf.upcycling.initialisers import Initialiser, make_initialiser
+from moe_hf.upcycling.initialisers.mix import Mix, check_same_family, check_same_tensors, check_same_vocabulary
 from moe_hf.upcycling.method import UpcyclingMethod
-from moe_hf.upcycling.verification import EXACT_TOLERANCE, verify
+from moe_hf.upcycling.observations import observe
+from moe_hf.upcycling.probe import RoutingRecorder
+from moe_hf.upcycling.router_init import RouterInit, make_router_init
+from moe_hf.upcycling.verification import (
+    EXACT_TOLERANCE,
+    NUM_SEQUENCES,
+    SEQUENCE_LENGTH,
+    VerificationResult,
+    verify,
+)
 
 
 def upcycle(
@@ -20,59 +32,144 @@ def upcycle(
     num_experts: int = 8,
     num_experts_per_tok: int = 2,
     init: str | Initialiser = "copy",
+    router_init: str | RouterInit = "normal",
     noise: float = 0.0,
     shared_share: float = 0.5,
     seed: int = 0,
+    inputs: torch.Tensor | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     verify_inputs: torch.Tensor | None = None,
     allow_inexact: bool = False,
     **config_fields,
 ) -> MoEForCausalLM:
     """Turn a dense causal language model into a MoE model that computes the same function, and check that it does.
 
-    Each MLP becomes `num_experts` copies behind a router. Whatever the router chooses, the weights of a token's
-    experts sum to 1, so the logits are the dense model's.
+    Each MLP becomes `num_experts` experts behind a router. With `init` copy, permute or granular the logits are the dense
+    model's, whatever the router chooses; the others change the function at the start, by an amount that is measured.
 
     Args:
         dense (`PreTrainedModel`, `str` or `Path`): the model, a folder, or a Hub id. Never changed, nor aliased.
         num_experts (`int`): E, experts per layer.
         num_experts_per_tok (`int`): K, experts per token. K = 1 cannot be exact: the weight of one expert is below 1.
         init (`str` or `Initialiser`): how the experts start; a name of `INITIALISERS`, or an instance with options.
+        router_init (`str` or `RouterInit`): how the routers start; a name of `ROUTER_INITS`, or an instance with options.
         noise (`float`): relative Gaussian noise on each expert, in standard deviations of each projection; makes the
             model differ from the dense one by design, and the difference is measured.
         shared_share (`float`): share of the output that a shared expert as wide as the dense MLP starts with.
         seed (`int`): of all random numbers, and of the tokens of the check.
-        verify_inputs (`torch.Tensor`, *optional*): token ids (B, S) to check on, besides 2 x 64 random ones.
+        inputs (`torch.Tensor`, *optional*): token ids (B, S) of the user's data, without padding, for methods that look
+            at what the dense model does on them; their sha256 is recorded.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): for methods with prompts; the source's own when it has one.
+        verify_inputs (`torch.Tensor`, *optional*): token ids (B, S) to check on, besides 2 x 64 random ones; the first 2 x 64
+            of `inputs` if not given.
         allow_inexact (`bool`): accept a model that is not the dense one's equal; the measured error is stored.
         **config_fields: further fields of [`MoEConfig`].
 
     Returns:
         `MoEForCausalLM` in the dense model's dtype, on its device, in evaluation mode;
-        `model.config.upcycling` records the source, the method and the measured error.
+        `model.config.upcycling` records the source, the method, the measured error and what the
+        routers do on the same tokens.
 
     Raises:
         MoEError: for a source that is no dense decoder, or a result that should be exact and is not.
     """
-    method = UpcyclingMethod(init=make_initialiser(init), noise=noise, shared_share=shared_share, seed=seed)
+    method = UpcyclingMethod(
+        init=make_initialiser(init),
+        router_init=make_router_init(router_init),
+        noise=noise,
+        shared_share=shared_share,
+        seed=seed,
+    )
     source, model = _load_dense(dense)
-    config = _moe_config(model, num_experts, num_experts_per_tok, config_fields)
+    config = moe_config(model, num_experts, num_experts_per_tok, config_fields)
+    method = method.settled(config)
     method.check(config, model.dtype)
     with torch.device("meta"):
         # On the meta device first: a mistake in the fields costs nothing.
         MoEForCausalLM(copy.deepcopy(config))
+    seen = observe(method, config, lambda: model, inputs, lambda: tokenizer or _tokenizer(dense))
+    models = [model, *_load_sources(method.init, model, source, config)]
+    sites = [sites_of_experts(m, config) for m in models]
+    widths = [tuple(site.intermediate_size for site in layer) for layer in zip(*sites, strict=True)]
+    method.set_width(config, sites[0], widths)
     config.dtype = model.dtype
     moe = MoEForCausalLM._from_config(config).to(model.device).eval()
-    sites = moe.base_model._moe_sites
-    prefix = f"{moe.base_model_prefix}."
-    copy_shared_weights(model, moe, sites, prefix)
-    fill_blocks(model.base_model, moe.base_model, config, method)
+    averaged = method.init.averaged(config)
+    copy_other_weights(
+        [models[index] for index in averaged], [sites[index] for index in averaged], moe, f"{moe.base_model_prefix}."
+    )
+    fill_blocks([m.base_model for m in models], sites, moe.base_model, config, method, seen.layers)
     moe.tie_weights()
     if model.can_generate():
         moe.generation_config = copy.deepcopy(model.generation_config)
-    result = verify(model, moe, verify_inputs, seed=seed)
-    config.upcycling = {"source": source, **method.to_dict(), "verification": result.to_dict()}
-    if method.exact and not allow_inexact and not result.exact:
-        raise MoEError(_inexact_message(config, result.relative_error, result.first_difference))
+    config.upcycling = {"source": source, **method.to_dict(), **seen.facts}
+    check_result(model, moe, config, method, sites[0], tokens_to_check(verify_inputs, inputs), allow_inexact)
     return moe
+
+
+def tokens_to_check(verify_inputs: torch.Tensor | None, inputs: torch.Tensor | None) -> torch.Tensor | None:
+    """What the user gave to check on, or else the first of the user's data, so that routers see real text too."""
+    if verify_inputs is None and inputs is not None:
+        return inputs[:NUM_SEQUENCES, :SEQUENCE_LENGTH]
+    return verify_inputs
+
+
+def check_result(
+    dense: PreTrainedModel | str | Path,
+    moe: PreTrainedModel | str | Path,
+    config: MoEConfig,
+    method: UpcyclingMethod,
+    sites: Sequence[MLPSite],
+    verify_inputs: torch.Tensor | None,
+    allow_inexact: bool,
+) -> None:
+    """Run the dense model and the MoE made from it, record in `config.upcycling` what differs and what the routers do.
+
+    Warns of routers that are saturated or reach no token for some expert.
+
+    Raises:
+        MoEError: when the method is exact and the result is not.
+    """
+    recorder = RoutingRecorder()
+    result = verify(dense, moe, verify_inputs, seed=method.seed, observe=recorder.watch)
+    routing = recorder.result()
+    config.upcycling |= {"verification": result.to_dict(), "routing": routing.to_dict()}
+    if method.exact and not allow_inexact and not result.exact:
+        raise MoEError(_inexact_message(result, method.why_inexact(config, sites, config.dtype)))
+    routing.warn()
+
+
+def sites_of_experts(model: PreTrainedModel, config: MoEConfig) -> list[MLPSite]:
+    """The MLPs of a dense model that become experts."""
+    return [site for site in find_mlp_sites(model.base_model) if config.is_moe_layer(site.layer_index)]
+
+
+def _load_sources(
+    init: Initialiser, base: PreTrainedModel, base_name: str, config: MoEConfig
+) -> list[PreTrainedModel]:
+    """The other dense models that experts come from, checked against the first."""
+    models = []
+    for given in init.sources if isinstance(init, Mix) else ():
+        name, model = _load_dense(given)
+        check_source(base, base_name, model, name, config)
+        models.append(model)
+    return models
+
+
+def check_source(base: PreTrainedModel, base_name: str, model: PreTrainedModel, name: str, config: MoEConfig) -> None:
+    """Refuse a dense model that is not of the base's architecture and vocabulary.
+
+    Raises:
+        MoEError: naming what differs.
+    """
+    sites, shapes = [], []
+    for one in (base, model):
+        sites.append(sites_of_experts(one, config))
+        others = outside_mlps(one.state_dict(), sites[-1], f"{one.base_model_prefix}.")
+        shapes.append({key: tuple(tensor.shape) for key, tensor in others.items()})
+    check_same_family(base.config, model.config, *sites, name)
+    check_same_tensors(*shapes, name)
+    check_same_vocabulary(base_name, name)
 
 
 def _load_dense(dense: PreTrainedModel | str | Path) -> tuple[str, PreTrainedModel]:
@@ -101,7 +198,21 @@ def _load_dense(dense: PreTrainedModel | str | Path) -> tuple[str, PreTrainedMod
     return str(dense), model
 
 
-def _moe_config(model: PreTrainedModel, num_experts: int, num_experts_per_tok: int, fields: dict) -> MoEConfig:
+def _tokenizer(dense: PreTrainedModel | str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that a folder or a Hub repository has."""
+    name = dense.name_or_path if isinstance(dense, PreTrainedModel) else str(dense)
+    try:
+        return AutoTokenizer.from_pretrained(name) if name else None
+    except (OSError, ValueError):
+        return None
+
+
+def moe_config(model: PreTrainedModel, num_experts: int, num_experts_per_tok: int, fields: dict) -> MoEConfig:
+    """The configuration of a MoE made from a dense model.
+
+    Raises:
+        MoEError: for a model that is not transformers' own, or fields that are not valid.
+    """
     if type(model).__module__.split(".")[0] != "transformers":
         raise MoEError(
             f"{type(model).__name__} is defined outside of transformers (remote code); only its own decoders can be "
@@ -116,16 +227,10 @@ def _moe_config(model: PreTrainedModel, num_experts: int, num_experts_per_tok: i
     return config
 
 
-def _inexact_message(config: MoEConfig, error: float, layer: str | None) -> str:
-    if not config.norm_topk_prob or config.routed_scaling_factor != 1:
-        reason = (
-            f"num_experts_per_tok={config.num_experts_per_tok}, norm_topk_prob={config.norm_topk_prob} and "
-            f"routed_scaling_factor={config.routed_scaling_factor} do not give weights that sum to 1, so the experts' "
-            "mixture cannot equal the dense MLP"
-        )
-    else:
-        reason = f"the first layer that differs is {layer}"
+def _inexact_message(result: VerificationResult, reason: str | None) -> str:
     return (
-        f"The MoE model's logits differ from the dense model's by {error:.2e} (relative), allowed {EXACT_TOLERANCE:.0e}: "
-        f"{reason}. Pass allow_inexact=True to accept that; the measured error is then stored in the config."
+        f"The MoE model's logits differ from the dense model's by {result.relative_error:.2e} (relative), allowed "
+        f"{EXACT_TOLERANCE:.0e}; the dense model's own dtype makes {result.rounding_error:.2e}. The reason: "
+        f"{reason or f'the first layer that differs is {result.first_difference}'}. Pass allow_inexact=True to accept "
+        "that; the measured error is then stored in the config."
     )

@@ -1,16 +1,29 @@
-"""Proof of an upcycling: dense and MoE model run on the same tokens, and the difference of their logits."""
+"""Proof of an upcycling: dense and MoE model run on the same tokens, and the difference of their logits.
+
+Models are given in memory or as folders. A folder is run layer by layer from the disk, one model after the other, so
+that models larger than memory are verified too.
+
+Letters: B batch, S sequence, T tokens, D model width, V vocabulary.
+"""
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from moe_hf.modeling.configuration_moe import MoEError
+from moe_hf.errors import MoEError
+from moe_hf.upcycling.on_disk.layerwise import load_layerwise
 
 
 EXACT_TOLERANCE = 1e-5
 NUM_SEQUENCES, SEQUENCE_LENGTH = 2, 64
+
+Observer = Callable[[PreTrainedModel], AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -54,52 +67,26 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-@torch.no_grad()
-def _logits(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    was_training = model.training
-    model.eval()
-    try:
-        return model(input_ids=inputs.to(model.device), use_cache=False).logits.cpu()
-    finally:
-        model.train(was_training)
-
-
-def _layer_outputs(model: nn.Module, layers: list[str], inputs: torch.Tensor) -> list[torch.Tensor]:
-    outputs: list[torch.Tensor] = []
-
-    def keep(module, args, output):
-        outputs.append((output[0] if isinstance(output, tuple) else output).detach().cpu())
-
-    handles = [model.base_model.get_submodule(layer).register_forward_hook(keep) for layer in layers]
-    try:
-        _logits(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
-
-
-def _first_difference(dense: nn.Module, moe: nn.Module, inputs: torch.Tensor) -> str | None:
-    layers = [site.layer for site in moe.base_model._moe_sites]
-    pairs = zip(_layer_outputs(dense, layers, inputs), _layer_outputs(moe, layers, inputs), strict=True)
-    for layer, (expected, actual) in zip(layers, pairs, strict=True):
-        if relative_error(actual, expected) > EXACT_TOLERANCE:
-            return layer
-    return None
-
-
 def verify(
-    dense: nn.Module, moe: nn.Module, inputs: torch.Tensor | None = None, *, seed: int = 0
+    dense: PreTrainedModel | str | Path,
+    moe: PreTrainedModel | str | Path,
+    inputs: torch.Tensor | None = None,
+    *,
+    seed: int = 0,
+    observe: Observer = nullcontext,
 ) -> VerificationResult:
     """Compare the logits of a dense model and of the MoE made from it; neither is changed.
 
-    Models in a 16-bit dtype are compared as float32 copies, so that the comparison shows the conversion and not
-    their rounding, which is reported beside it.
+    16-bit models are compared in float32, so that the comparison shows the conversion and not their rounding, which is
+    reported beside it: a folder is read into float32, of a model in memory a copy is made. The two are run one after the
+    other; of the dense one, its logits and the outputs of its layers are kept.
 
     Args:
-        dense, moe (`PreTrainedModel`): the two causal language models.
+        dense, moe (`PreTrainedModel`, `str` or `Path`): causal language models, or local folders of such.
         inputs (`torch.Tensor`, *optional*): token ids, (B, S); compared besides 2 x 64 seeded random ids.
         seed (`int`): of the random ids.
+        observe (`Callable`): `observe(model)` gives a context manager that is entered around the MoE's pass over
+            `inputs`, or over the random ids when there are none; see `RoutingProbe`.
 
     Returns:
         `VerificationResult`
@@ -107,35 +94,140 @@ def verify(
     Raises:
         MoEError: when `inputs` are not token ids, or the vocabularies differ.
     """
-    if dense.config.vocab_size != moe.config.vocab_size:
+    dense_config, config = _config_of(dense), _config_of(moe)
+    if dense_config.vocab_size != config.vocab_size:
         raise MoEError(
-            f"The dense model has {dense.config.vocab_size} tokens and the MoE model {moe.config.vocab_size}: "
+            f"The dense model has {dense_config.vocab_size} tokens and the MoE model {config.vocab_size}: "
             "they are not of one origin."
         )
-    limit = getattr(moe.config, "max_position_embeddings", None)
-    batches = [verification_inputs(moe.config.vocab_size, seed, limit)]
+    batches = [verification_inputs(config.vocab_size, seed, getattr(config, "max_position_embeddings", None))]
     if inputs is not None:
         if not isinstance(inputs, torch.Tensor) or inputs.dim() != 2 or inputs.is_floating_point():
             raise MoEError("verify inputs must be a (B, S) tensor of token ids.")
         batches.append(inputs)
-    low = dense.dtype != torch.float32 or moe.dtype != torch.float32
-    wide_dense = _float32_copy(dense) if dense.dtype != torch.float32 else dense
-    wide_moe = _float32_copy(moe) if moe.dtype != torch.float32 else moe
-    expected = [_logits(wide_dense, batch) for batch in batches]
-    actual = [_logits(wide_moe, batch) for batch in batches]
-    flat_expected = torch.cat([t.flatten() for t in expected])
-    flat_actual = torch.cat([t.flatten() for t in actual])
+    layers = _LayerOutputs()
+    expected = _logits(dense, batches, layers.keep)
     rounding = 0.0
-    if low:
-        rounding = relative_error(torch.cat([_logits(dense, b).flatten().float() for b in batches]), flat_expected)
-    error = relative_error(flat_actual, flat_expected)
+    if _dtype_of(dense, dense_config) != torch.float32:
+        rounding = relative_error(_logits(dense, batches, own_dtype=True), expected)
+    actual = _logits(moe, batches, layers.compare, observe)
+    error = relative_error(actual, expected)
     return VerificationResult(
         relative_error=error,
-        max_abs_error=float((flat_actual - flat_expected).abs().max()),
+        max_abs_error=float((actual - expected).abs().max()),
         rounding_error=rounding,
         num_tokens=sum(batch.numel() for batch in batches),
-        first_difference=_first_difference(wide_dense, wide_moe, batches[0]) if error > EXACT_TOLERANCE else None,
+        first_difference=layers.first_difference if error > EXACT_TOLERANCE else None,
     )
+
+
+@torch.no_grad()
+def _logits(
+    source: PreTrainedModel | str | Path,
+    batches: list[torch.Tensor],
+    watch: Observer = nullcontext,
+    observe: Observer = nullcontext,
+    *,
+    own_dtype: bool = False,
+) -> torch.Tensor:
+    """All logits, flat, in float32; `watch` is entered for the first batch, and `observe` for the last."""
+    logits = []
+    with _opened(source, own_dtype) as model:
+        device = "cpu" if model.device.type == "meta" else model.device
+        for index, batch in enumerate(batches):
+            with ExitStack() as stack:
+                if index == 0:
+                    stack.enter_context(watch(model))
+                if index == len(batches) - 1:
+                    stack.enter_context(observe(model))
+                logits.append(model(input_ids=batch.to(device), use_cache=False).logits.flatten().float().cpu())
+    return torch.cat(logits)
+
+
+@contextmanager
+def _opened(source: PreTrainedModel | str | Path, own_dtype: bool) -> Iterator[PreTrainedModel]:
+    """The model to run, in evaluation mode, in float32 unless `own_dtype`."""
+    if not isinstance(source, nn.Module):
+        yield load_layerwise(source, None if own_dtype else torch.float32)
+        return
+    model = source if own_dtype or source.dtype == torch.float32 else _float32_copy(source)
+    was_training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(was_training)
+
+
+class _LayerOutputs:
+    """The outputs of the decoder layers in one model's pass, and the first that differ in another's."""
+
+    def __init__(self):
+        self.expected: list[torch.Tensor] = []
+        self.first_difference: str | None = None
+
+    @contextmanager
+    def keep(self, model: PreTrainedModel) -> Iterator[None]:
+        """Keep the outputs of each layer."""
+        with _hooked(model, lambda name, output: self.expected.append(output.to("cpu", copy=True))):
+            yield
+
+    @contextmanager
+    def compare(self, model: PreTrainedModel) -> Iterator[None]:
+        """Compare each layer's outputs with those kept of the layer at its place."""
+        outputs = iter(self.expected)
+
+        def check(name: str, output: torch.Tensor) -> None:
+            expected = next(outputs, output)
+            if self.first_difference is None and relative_error(output.cpu(), expected.cpu()) > EXACT_TOLERANCE:
+                self.first_difference = name
+
+        with _hooked(model, check):
+            yield
+
+
+@contextmanager
+def _hooked(model: PreTrainedModel, function: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Call `function(name, output)` after each decoder layer."""
+
+    def hook(name: str):
+        return lambda module, args, output: function(name, output[0] if isinstance(output, tuple | list) else output)
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in _decoder_layers(model.base_model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _decoder_layers(base_model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules of the decoder layers: the largest list as long as the decoder is deep."""
+    depth = base_model.config.num_hidden_layers
+    lists = [
+        (name, module)
+        for name, module in base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if not lists:
+        return []
+    name, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return [(f"{name}.{index}", layer) for index, layer in enumerate(layers)]
+
+
+def _config_of(source: PreTrainedModel | str | Path) -> PreTrainedConfig:
+    if isinstance(source, nn.Module):
+        return source.config
+    folder = Path(source).expanduser()
+    if not (folder / "config.json").is_file():
+        raise MoEError(
+            f"{source} is not a folder with a config.json; give a model, or a folder that save_pretrained wrote."
+        )
+    return AutoConfig.from_pretrained(folder)
+
+
+def _dtype_of(source: PreTrainedModel | str | Path, config: PreTrainedConfig) -> torch.dtype:
+    return source.dtype if isinstance(source, nn.Module) else config.dtype or torch.float32
 
 
 def _float32_copy(model: nn.Module) -> nn.Module:

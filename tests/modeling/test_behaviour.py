@@ -261,3 +261,15 @@ def test_an_unsupported_transformers_is_refused_in_one_sentence(version, message
     check_transformers_version("5.23.0")
     with pytest.raises(ImportError, match=f"transformers.*{message}.*{version} is installed"):
         check_transformers_version(version)
+
+
+@pytest.mark.parametrize(("width", "expected"), [(88, "grouped_mm"), (22, "eager")])
+def test_experts_whose_rows_grouped_mm_refuses_use_another_implementation(width, expected, tmp_path):
+    moe = upcycle(tiny_dense("llama", intermediate_size=width), num_experts=4).train()
+    moe(random_ids(), labels=random_ids()).loss.backward()
+    moe.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded(random_ids())
+    assert moe.config._experts_implementation == loaded.config._experts_implementation == expected
+    chosen = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="batched_mm")
+    assert chosen.config._experts_implementation == "batched_mm"

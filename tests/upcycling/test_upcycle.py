@@ -5,6 +5,7 @@ import torch
 from transformers import BertConfig, BertLMHeadModel, LlamaModel, T5Config, T5ForConditionalGeneration
 
 from moe_hf import MoEConfig, MoEError, MoEForCausalLM, upcycle, verify
+from moe_hf.upcycling.router_init import NormalRouter
 from tests.tiny_models import random_ids, tiny_dense, tiny_native_moe
 
 
@@ -78,6 +79,16 @@ def test_one_expert_per_token_needs_consent_and_stores_its_error():
         upcycle(dense, num_experts=4, num_experts_per_tok=1)
     moe = upcycle(dense, num_experts=4, num_experts_per_tok=1, allow_inexact=True)
     assert moe.config.upcycling["verification"]["relative_error"] > 1e-3
+
+
+def test_what_the_routers_do_is_recorded():
+    dense = tiny_dense("llama")
+    fair, saturated = (
+        upcycle(dense, num_experts=4, router_init=NormalRouter(std=std)).config.upcycling for std in (0.1, 100)
+    )
+    assert fair["router_init"]["options"] == {"std": 0.1}
+    assert max(fair["routing"]["top_1_probability"]) < 0.4 < 0.9 < min(saturated["routing"]["top_1_probability"])
+    assert fair["routing"]["num_tokens"] == 2 * 64
 
 
 def test_verification_names_the_first_layer_that_differs():
@@ -158,7 +169,7 @@ BAD_ARGUMENTS = {
     "noise": ({"noise": -0.1}, "at least 0"),
     "noise_nan": ({"noise": float("nan")}, "finite"),
     "k": ({"num_experts_per_tok": 9}, "between 1 and"),
-    "width": ({"moe_intermediate_size": 24}, "whole copies do not fit"),
+    "width": ({"moe_intermediate_size": 24}, "so they do not fit"),
     "typo": ({"router_zloss_coef": 0.1}, "nearest is 'router_z_loss_coef'"),
     "activation": ({"scoring_func": "relu"}, "softmax"),
 }

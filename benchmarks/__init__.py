@@ -1,0 +1,1 @@
+"""Studies and measurements: programs whose results are in `benchmarks/results`."""

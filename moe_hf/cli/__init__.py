@@ -1,0 +1,25 @@
+"""The command `moe-hf`: upcycle a checkpoint, verify it, look into it, operate on its experts, take it elsewhere.
+
+Torch and transformers are imported inside the commands, so that help and mistakes in the arguments answer at once.
+"""
+
+from moe_hf.cli import export, inspect, surgery, upcycle, verify
+from moe_hf.cli.app import app, main
+
+
+__all__ = ["app", "main"]
+
+# In the order of the help.
+for _name, _command in (
+    ("upcycle", upcycle.upcycle),
+    ("verify", verify.verify),
+    ("inspect", inspect.inspect),
+    ("export", export.export),
+    ("import", export.import_),
+    ("grow-experts", surgery.grow_experts),
+    ("add-experts", surgery.add_experts),
+    ("remove-experts", surgery.remove_experts),
+    ("replace-experts", surgery.replace_experts),
+    ("to-dense", surgery.to_dense),
+):
+    app.command(_name)(_command)

@@ -1,0 +1,163 @@
+"""The application, and what its commands share: mistakes as one message, quiet loading, `NAME=VALUE` arguments."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moe_hf import __version__
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+USER_ERROR = 2
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+app = typer.Typer(
+    name="moe-hf",
+    help="Turn dense transformers checkpoints into Mixture-of-Experts models, and look into them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command; a user's mistake prints one sentence and ends with exit code 2."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moe-hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    # The help says what the application is; the commands do the work.
+    pass
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print a mistake as one message without a traceback, and exit with code 2; MOE_HF_DEBUG=1 shows the traceback."""
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("MOE_HF_DEBUG") or not _is_user_error(error):
+            raise
+        typer.echo(f"moe-hf: {str(error).strip()}", err=True)
+        raise typer.Exit(USER_ERROR) from None
+
+
+def _is_user_error(error: Exception) -> bool:
+    from safetensors import SafetensorError
+
+    # What transformers and the Hub client raise for a bad path, name, config or file besides our own ValueErrors.
+    return isinstance(error, ValueError | OSError | SafetensorError)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' warnings, and without its progress bars where nobody watches."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def refuse_existing(destination: Path) -> None:
+    """Refuse a destination that exists, before anything is loaded."""
+    from moe_hf.saving import refuse_existing as refuse
+
+    refuse(destination)
+
+
+def load_model(path: str, dtype: str = "auto") -> "PreTrainedModel":
+    """A causal language model from a folder or the Hub; the index of a local folder is checked first."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from moe_hf.errors import MoEError
+    from moe_hf.inspection import load_config
+    from moe_hf.saving import check_shard_index
+
+    if dtype not in DTYPES:
+        raise MoEError(f"dtype is {dtype!r}; it must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
+    load_config(path)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        path = str(folder)
+        check_shard_index(folder)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+
+
+def load_tokenizer(source: str) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer beside the weights of `source`, or None when a local folder has none."""
+    from transformers import AutoTokenizer
+
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+        return None
+    return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else source)
+
+
+def read_token_ids(path: Path, source: str) -> "torch.Tensor":
+    """The head of a text file as rows of at most 512 tokens of the source's tokenizer, (B, S); 8192 tokens at most."""
+    import torch
+
+    from moe_hf.errors import MoEError
+    from moe_hf.inspection import load_config
+
+    rows, length = 16, 512
+    if not path.is_file():
+        raise MoEError(f"--inputs {path} is not a file; give a text file of your data.")
+    with quiet_transformers():
+        tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise MoEError(f"{source} has no tokenizer, which --inputs needs.")
+    # About 4 characters are a token; more than enough are read.
+    with open(path, encoding="utf-8") as file:
+        text = file.read(16 * rows * length)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: rows * length]
+    if not ids:
+        raise MoEError(f"--inputs {path} has no text.")
+    # Some families have a row of an embedding for each position, and no more.
+    positions = getattr(load_config(source), "max_position_embeddings", None)
+    length = min(length, len(ids), positions or length)
+    return torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
+
+
+def parse_assignments(option: str, assignments: list[str] | None) -> dict[str, Any]:
+    """`["name=value", ...]` as keyword arguments; values are read as YAML, so numbers and lists have their types."""
+    import yaml
+
+    from moe_hf.errors import MoEError
+
+    fields = {}
+    for assignment in assignments or []:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name.isidentifier():
+            raise MoEError(f"{option} takes FIELD=VALUE, and got {assignment!r}.")
+        try:
+            fields[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise MoEError(f"{option} {name}: {value!r} cannot be read as a value: {error}") from error
+    return fields

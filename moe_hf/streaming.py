@@ -1,0 +1,294 @@
+"""`upcycle_checkpoint`: a dense checkpoint on disk in, a verified MoE checkpoint on disk out, for models beyond memory."""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from moe_hf.errors import MoEError
+from moe_hf.hub import check_vocabulary
+from moe_hf.modeling.modeling_moe import MoEForCausalLM
+from moe_hf.reporting.card import model_card
+from moe_hf.saving import refuse_existing
+from moe_hf.upcycling.initialisers import Initialiser, make_initialiser
+from moe_hf.upcycling.initialisers.mix import TOKENIZER_FILES
+from moe_hf.upcycling.method import UpcyclingMethod
+from moe_hf.upcycling.observations import observe
+from moe_hf.upcycling.on_disk.dense_checkpoint import DenseCheckpoint
+from moe_hf.upcycling.on_disk.following_hash import FollowingHash
+from moe_hf.upcycling.on_disk.layerwise import load_layerwise
+from moe_hf.upcycling.on_disk.partial_folder import PartialFolder
+from moe_hf.upcycling.on_disk.weight_stream import WeightStream
+from moe_hf.upcycling.router_init import RouterInit, make_router_init
+from moe_hf.upcycling.upcycle import check_result, check_source, moe_config, sites_of_experts, tokens_to_check
+from moe_hf.weight_files import FileLayout, FileWriter, file_layouts, weight_files, write_index
+
+
+logger = logging.get_logger(__name__)
+
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def upcycle_checkpoint(
+    source: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    *,
+    num_experts: int = 8,
+    num_experts_per_tok: int = 2,
+    init: str | Initialiser = "copy",
+    router_init: str | RouterInit = "normal",
+    noise: float = 0.0,
+    shared_share: float = 0.5,
+    seed: int = 0,
+    inputs: torch.Tensor | None = None,
+    verify_inputs: torch.Tensor | None = None,
+    verify: bool = True,
+    allow_inexact: bool = False,
+    max_shard_size: int | str = "5GB",
+    restart: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    **config_fields,
+) -> Path:
+    """Turn a dense checkpoint into a MoE checkpoint, tensor by tensor, without a whole model in memory.
+
+    The folder is what [`upcycle`] and [`save_model`] make, byte by byte: weights, configuration, code, tokenizer, card
+    and manifest. Until it is whole it grows in `.NAME.partial` beside `output_dir`, and appears there in one step. After
+    a kill or a full disk the same call continues where it stopped.
+
+    Args:
+        source (`str` or `os.PathLike`): a folder with a config and safetensors files, or a Hub id, which is fetched first.
+        output_dir (`str` or `os.PathLike`): must not exist.
+        num_experts (`int`): E, experts per layer.
+        num_experts_per_tok (`int`): K, experts per token.
+        init, router_init, noise, shared_share, seed: how the experts and the routers start; see [`upcycle`].
+        inputs (`torch.Tensor`, *optional*): token ids (B, S) of the user's data, for methods that look at what the dense
+            model does on them.
+        verify_inputs (`torch.Tensor`, *optional*): token ids (B, S) to check on, besides 2 x 64 random ones; the first 2 x 64
+            of `inputs` if not given.
+        verify (`bool`): run the dense and the MoE checkpoint layer by layer on the same tokens before anything is
+            published; the figures go into `upcycling.verification` of the config. None is stored without it.
+        allow_inexact (`bool`): publish a model that should be the dense one's equal and is not.
+        max_shard_size (`int` or `str`): bytes of tensors in one file.
+        restart (`bool`): throw away what an interrupted call with other arguments left.
+        progress (`Callable`, *optional*): `progress(done, total)`, in bytes of weights; a progress bar with the time left
+            if not given, unless transformers' progress bars are disabled.
+        **config_fields: further fields of [`MoEConfig`].
+
+    Returns:
+        `pathlib.Path` of the folder.
+
+    Raises:
+        MoEError: the destination exists or is the source, another process writes it, an interrupted call had other
+            arguments, there is too little space, the source is no dense decoder or changes in the meantime, or the
+            result should be exact and is not; `NotStreamableError` when [`upcycle`] can do it and this cannot. Nothing is
+            published then.
+    """
+    output_dir = Path(output_dir).expanduser()
+    folder = _source_folder(source, output_dir)
+    method = UpcyclingMethod(
+        init=make_initialiser(init),
+        router_init=make_router_init(router_init),
+        noise=noise,
+        shared_share=shared_share,
+        seed=seed,
+    )
+    with ExitStack() as stack:
+        job = _Job(stack, source, folder, method, num_experts, num_experts_per_tok, inputs, config_fields)
+        layouts = file_layouts(job.stream.tensors, max_shard_size)
+        facts = job.facts() | {"max_shard_size": max_shard_size}
+        partial = stack.enter_context(PartialFolder(output_dir, facts, restart=restart))
+        _check_space(partial, layouts)
+        job.write_weights(partial, layouts, progress)
+        job.write_other_files(partial.folder)
+        if job.fingerprints() != facts["sources"]:
+            partial.discard()
+            raise MoEError(
+                f"{folder} changed while it was read: nothing was published. Call again when it is at rest."
+            )
+        if verify:
+            # The figures go into the config and the card, which are written a second time.
+            job.verify(partial, tokens_to_check(verify_inputs, inputs), allow_inexact)
+            job.write_other_files(partial.folder)
+        partial.publish()
+    return output_dir
+
+
+class _Job:
+    """One conversion: what is read, how, and the model that comes out, on the meta device."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        source: str | os.PathLike,
+        folder: Path,
+        method: UpcyclingMethod,
+        num_experts: int,
+        num_experts_per_tok: int,
+        inputs: torch.Tensor | None,
+        config_fields: dict[str, Any],
+    ):
+        dense = stack.enter_context(DenseCheckpoint(folder))
+        self.config = config = moe_config(dense.model, num_experts, num_experts_per_tok, config_fields)
+        self.method = method = method.settled(config)
+        method.check(config, dense.model.dtype)
+        self.folders = [folder, *(_source_folder(given) for given in getattr(method.init, "sources", ()))]
+        self.dense = [dense, *(stack.enter_context(DenseCheckpoint(other)) for other in self.folders[1:])]
+        sites = [sites_of_experts(one.model, config) for one in self.dense]
+        for one, its in zip(self.dense, sites, strict=True):
+            if one is not dense:
+                check_source(dense.model, str(folder), one.model, str(one.folder), config)
+            for site in its:
+                one.check_mlp(site)
+        widths = [tuple(site.intermediate_size for site in layer) for layer in zip(*sites, strict=True)]
+        method.set_width(config, sites[0], widths)
+        config.dtype = dense.model.dtype
+        with torch.device("meta"):
+            self.moe = MoEForCausalLM._from_config(config)
+        self.moe.generation_config = copy.deepcopy(dense.model.generation_config)
+        self.tokenizer = _tokenizer(folder)
+        check_vocabulary(self.moe, self.tokenizer)
+        seen = observe(method, config, lambda: load_layerwise(folder), inputs, lambda: self.tokenizer)
+        config.upcycling = {"source": str(source), **method.to_dict(), **seen.facts, "verification": None}
+        self.stream = WeightStream(self.dense, sites, self.moe, method, seen.layers)
+
+    def fingerprints(self) -> list[dict[str, Any]]:
+        """What tells whether the sources are still the same files."""
+        return [_fingerprint(folder) for folder in self.folders]
+
+    def facts(self) -> dict[str, Any]:
+        """All that decides the bytes of the weights."""
+        return {
+            "sources": self.fingerprints(),
+            "config": json.loads(self.config.to_json_string(use_diff=False)),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+
+    def write_weights(
+        self, partial: PartialFolder, layouts: list[FileLayout], progress: Callable[[int, int], None] | None
+    ) -> None:
+        """Write the files that are not finished yet, and the index."""
+        total = sum(spec.nbytes for spec in self.stream.tensors.values())
+        with _progress(progress, total) as advance:
+            for layout in layouts:
+                if layout.name in partial.finished:
+                    advance(sum(spec.nbytes for spec in layout.tensors.values()))
+                    continue
+                with FileWriter(partial.folder, layout, advance) as file, FollowingHash(file.path) as sha256:
+
+                    def whole(name: str, layout: FileLayout = layout, sha256: FollowingHash = sha256) -> None:
+                        sha256.reach(layout.positions[name] + layout.tensors[name].nbytes)
+
+                    self.stream.write(file, whole)
+                    digest = sha256.hexdigest()
+                partial.finish(layout.name, digest)
+        write_index(partial.folder, layouts, self.moe.num_parameters())
+
+    def write_other_files(self, folder: Path) -> None:
+        """Write configuration, code, tokenizer and card."""
+        card = model_card(self.moe, has_tokenizer=self.tokenizer is not None)
+        # save_pretrained removes weight files that it did not write, so it gets a folder of its own.
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, _no_progress_bar():
+            self.moe.save_pretrained(scratch, state_dict={})
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(scratch)
+            card.save(Path(scratch) / "README.md")
+            shutil.copytree(scratch, folder, dirs_exist_ok=True)
+
+    def verify(self, partial: PartialFolder, inputs: torch.Tensor | None, allow_inexact: bool) -> None:
+        """Compare source and result, and record the figures in the configuration."""
+        sites = self.moe.base_model._moe_sites
+        try:
+            check_result(self.folders[0], partial.folder, self.config, self.method, sites, inputs, allow_inexact)
+        except MoEError:
+            partial.discard()
+            raise
+
+
+def _source_folder(source: str | os.PathLike, output_dir: Path | None = None) -> Path:
+    """The local folder of a source; a Hub id is fetched."""
+    folder = Path(source).expanduser()
+    if output_dir is not None:
+        mine, its = folder.resolve(), output_dir.resolve()
+        if mine == its or mine in its.parents:
+            raise MoEError(f"{output_dir} is in the source {source}: nothing was written. Choose another folder.")
+        refuse_existing(output_dir)
+    if folder.is_dir():
+        return folder
+    if isinstance(source, Path) or str(source).startswith((".", "/", "~")):
+        raise MoEError(f"{source} is not a folder; give a folder that save_pretrained wrote, or a Hub id.")
+    return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _fingerprint(folder: Path) -> dict[str, Any]:
+    """Size, time of change and sha256 of the head of each file that the weights come from."""
+    fingerprint = {}
+    for file in [folder / "config.json", *weight_files(folder)]:
+        with open(file, "rb") as opened:
+            # Of a safetensors file the header.
+            length = min(int.from_bytes(opened.read(8), "little"), 1 << 27)
+            digest = hashlib.sha256(opened.read(length)).hexdigest()
+        status = file.stat()
+        fingerprint[file.name] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "header_sha256": digest}
+    return fingerprint
+
+
+def _check_space(partial: PartialFolder, layouts: list[FileLayout]) -> None:
+    """Refuse to start what the disk has no room for."""
+    needed = sum(layout.size for layout in layouts if layout.name not in partial.finished)
+    free = shutil.disk_usage(partial.path).free
+    if needed > free:
+        if not partial.finished:
+            partial.discard()
+        raise MoEError(
+            f"{partial.destination} needs {needed / 1e9:.2f} GB more, and its file system has {free / 1e9:.2f} GB free: "
+            "nothing was written. Make room, or choose another file system."
+        )
+
+
+@contextmanager
+def _progress(progress: Callable[[int, int], None] | None, total: int) -> Iterator[Callable[[int], None]]:
+    """A function that is told the bytes of each piece, from whatever thread."""
+    lock, done = threading.Lock(), 0
+    with logging.tqdm(
+        total=total, unit="B", unit_scale=True, desc="Writing experts", disable=progress is not None
+    ) as bar:
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            with lock:
+                done += num_bytes
+                bar.update(num_bytes)
+                if progress is not None:
+                    progress(done, total)
+
+        yield advance
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
