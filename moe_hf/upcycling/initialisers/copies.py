@@ -29,7 +29,22 @@ class Copy(Initialiser):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drop(Initialiser):
+class PartlyRedrawn(Initialiser):
+    """Base of those that can draw the part `ratio` of each expert's neurons anew."""
+
+    ratio: float = 0.0
+
+    def __post_init__(self):
+        check_ratio(self.name, self.ratio)
+
+    @property
+    def exact(self) -> bool:
+        """Only when nothing is drawn anew."""
+        return self.ratio == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drop(PartlyRedrawn):
     """Each expert is the dense MLP with a part of its neurons drawn anew, so that experts differ from the start.
 
     Attributes:
@@ -47,14 +62,6 @@ class Drop(Initialiser):
     ratio: float = 0.5
     shared_indices: bool = True
 
-    def __post_init__(self):
-        check_ratio(self.name, self.ratio)
-
-    @property
-    def exact(self) -> bool:
-        """Only when nothing is drawn anew."""
-        return self.ratio == 0
-
     def experts(self, layer: DenseLayer, config: MoEConfig) -> list[ExpertRecipe]:
         """E recipes that take all neurons in order, some of them drawn anew."""
         width = layer.site.intermediate_size
@@ -66,7 +73,7 @@ class Drop(Initialiser):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Permute(Initialiser):
+class Permute(PartlyRedrawn):
     """Each expert has the dense neurons in an order of its own, which changes nothing, and a part of them drawn anew.
 
     Attributes:
@@ -78,16 +85,6 @@ class Permute(Initialiser):
         "E_i(x) = FFN(x), neurons in order P_i; floor(ratio F) of them replaced: W[S_i] ~ N(mean(W[S_i]), std(W[S_i]))"
     )
     paper: ClassVar[str] = "Qwen1.5-MoE (https://qwenlm.github.io/blog/qwen-moe)"
-
-    ratio: float = 0.0
-
-    def __post_init__(self):
-        check_ratio(self.name, self.ratio)
-
-    @property
-    def exact(self) -> bool:
-        """Only when nothing is drawn anew."""
-        return self.ratio == 0
 
     def experts(self, layer: DenseLayer, config: MoEConfig) -> list[ExpertRecipe]:
         """E recipes that take all neurons, each in a random order."""
@@ -102,7 +99,7 @@ class Permute(Initialiser):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Granular(Initialiser):
+class Granular(PartlyRedrawn):
     """Each copy of the dense MLP is cut into G experts of a G-th of its width, which are chosen together at the start.
 
     The G shards of a copy are neighbours (expert e belongs to copy e // G) and have one router row, so that they enter
@@ -124,17 +121,11 @@ class Granular(Initialiser):
 
     shards: int = 2
     permute: bool = False
-    ratio: float = 0.0
 
     def __post_init__(self):
         if self.shards < 1:
             raise MoEError(f"shards of init='granular' is {self.shards}; it must be at least 1.")
-        check_ratio(self.name, self.ratio)
-
-    @property
-    def exact(self) -> bool:
-        """Only when nothing is drawn anew."""
-        return self.ratio == 0
+        super().__post_init__()
 
     def expert_width(self, dense_widths: tuple[int, ...], config: MoEConfig) -> int:
         """A G-th of the dense width."""
