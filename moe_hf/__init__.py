@@ -16,7 +16,7 @@ _MODULES = {
     "MoETrainer": "moe_hf.trainer",
     "MoETrainingArguments": "moe_hf.trainer",
     "inspect_model": "moe_hf.inspection",
-    "register_router": "moe_hf.modeling.routing",
+    "register_router": "moe_hf.modeling.routers",
     "upcycle": "moe_hf.upcycling",
     "verify": "moe_hf.upcycling",
 }
