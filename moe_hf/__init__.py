@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 # Public names and their modules, which are imported when a name is first used: the models need torch, seconds to load.
 _MODULES = {
+    "ExpertBalanceCallback": "moe_hf.trainer",
     "MoEConfig": "moe_hf.modeling.configuration_moe",
     "MoEError": "moe_hf.modeling.configuration_moe",
     "MoEForCausalLM": "moe_hf.modeling.modeling_moe",
@@ -23,10 +24,11 @@ _MODULES = {
     "inspect_model": "moe_hf.inspection",
     "plan_upcycling": "moe_hf.planning",
     "probe_routing": "moe_hf.upcycling",
-    "register_router": "moe_hf.modeling.routing",
+    "register_router": "moe_hf.modeling.routers",
     "remove_experts": "moe_hf.upcycling",
     "replace_experts": "moe_hf.upcycling",
     "to_dense": "moe_hf.upcycling",
+    "update_correction_bias": "moe_hf.trainer",
     "upcycle": "moe_hf.upcycling",
     "upcycle_checkpoint": "moe_hf.streaming",
     "verify": "moe_hf.upcycling",

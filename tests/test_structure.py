@@ -20,9 +20,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 PROGRAMS = [path for name in ("training", "examples", "benchmarks") for path in sorted((ROOT / name).rglob("*.py"))]
 TRAVELLING = [path for path in sorted((PACKAGE / "modeling").glob("*.py")) if path.name != "__init__.py"]
 MODELING_ORDER = [
+    "config_checks",
     "configuration_moe",
     ("routing", "dense_mlp"),
-    ("experts", "losses", "parallel_plans"),
+    ("experts", "losses", "parallel_plans", "router_noise", "capacity"),
+    "token_choice",
+    ("routers", "custom_routers"),
     "moe_block",
     "dynamic_class",
     "modeling_moe",

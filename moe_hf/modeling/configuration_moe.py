@@ -4,7 +4,6 @@ Letters: D model width, F expert width, E experts, K experts per token.
 """
 
 import difflib
-import math
 from dataclasses import fields
 from functools import wraps
 from typing import Any, ClassVar
@@ -16,17 +15,14 @@ from packaging.version import Version
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .config_checks import MoEError, check_balance, check_capacity, check_experts_per_token, check_groups, check_noise
+
 
 FORMAT_VERSION = 1
 SUPPORTED_TRANSFORMERS = ("5.23.0", "6")
-SCORING_FUNCTIONS = ("softmax", "sigmoid")
 
 # Fields that transformers defines on every config and reads from whichever config a module holds.
 _MIRRORED = ("output_hidden_states", "output_attentions", "return_dict", "dtype", "_attn_implementation_internal")
-
-
-class MoEError(ValueError):
-    """A user's mistake: says what was given, what is allowed, and what to do."""
 
 
 def check_transformers_version(version: str = transformers.__version__) -> None:
@@ -75,9 +71,11 @@ class MoEConfig(PreTrainedConfig):
         moe_intermediate_size (`int`, *optional*):
             Width F of one routed expert; the dense model's width when not given.
         norm_topk_prob (`bool`, *optional*):
-            Whether the K weights of a token are divided by their sum. Defaults to K > 1.
+            Whether the weights of a token are divided by their sum. Defaults to K > 1, and to `False` for `"top_p"`.
         scoring_func (`str`, defaults to `"softmax"`):
             `"softmax"` or `"sigmoid"` of the router logits.
+        n_group, topk_group (`int`, *optional*):
+            A token's experts come from `topk_group` of `n_group` groups of neighbouring experts.
         routed_scaling_factor (`float`, defaults to 1.0):
             Factor of the weights, after normalisation.
         shared_expert_intermediate_size (`int`, defaults to 0):
@@ -90,12 +88,47 @@ class MoEConfig(PreTrainedConfig):
             Layer i has experts when (i + 1) is a multiple of it.
         mlp_only_layers (`list[int]`, defaults to `[]`):
             Layers that stay dense.
-        router_aux_loss_coef (`float`, defaults to 0.01):
-            Weight of the load-balancing loss, which is 1 at perfect balance.
+        balance_strategy (`str`, defaults to `"loss"`):
+            What balances the load of the experts: `"loss"`, the losses below alone, or `"bias"`, also a bias per
+            expert that is added to the scores for choosing only and moved after each optimizer step.
+        bias_update_rate (`float`, defaults to 0.001):
+            How far that bias moves in a step; 0 holds it.
+        balance_loss_scope (`str`, defaults to `"micro_batch"`):
+            Over which tokens the load-balancing loss is taken: `"micro_batch"`, each `"sequence"` (each document, when
+            packed), or `"global_batch"`, choices counted over all processes and the micro-batches of a step.
+        router_aux_loss_coef (`float`, *optional*):
+            Weight of the load-balancing loss, which is 1 at perfect balance. Defaults to 0.01, and to 0 with
+            `balance_strategy="bias"`.
         router_z_loss_coef (`float`, defaults to 0.001):
             Weight of the router z-loss.
+        router_loss_coefs (`dict[str, float]`, defaults to `{}`):
+            Weights of further losses: `"importance_loss"`, `"load_loss"`, `"local_entropy_loss"`,
+            `"global_entropy_loss"`, `"device_balance_loss"`. One of weight 0 is reported with `output_router_logits`.
+        router_loss_kwargs (`dict`, defaults to `{}`):
+            Arguments that one of them alone reads: `load_estimator` (`"shazeer"` or `"vmoe"`),
+            `global_entropy_min_experts`, `num_device_groups`.
         router_jitter_noise (`float`, defaults to 0.0):
             In training the router's input is multiplied by uniform noise in [1 - x, 1 + x]. The experts' is not.
+        router_noise (`str`, defaults to `"none"`):
+            Noise added to the logits in training: `"gaussian"` with standard deviation 1 / E, `"uniform"` in [-1, 1],
+            `"gumbel"`, `"learned"` (gaussian, its width from the hidden states).
+        router_noise_scale (`float`, defaults to 1.0):
+            Factor of `router_noise`.
+        router_noise_affects (`str`, defaults to `"selection"`):
+            Whether `router_noise` changes the choice of experts alone, or `"both"` choice and weights.
+        capacity_factor (`float`, *optional*):
+            In training an expert takes at most ceil(factor * tokens * K / E) tokens of a sequence (of a document, when
+            packed). `None`: every choice is served.
+        eval_capacity_factor (`float`, *optional*):
+            The same in evaluation, without a cache.
+        min_expert_capacity (`int`, defaults to 4):
+            The least that an expert takes under a capacity factor, in tokens.
+        overflow_policy (`str`, defaults to `"drop"`):
+            What becomes of a choice whose expert is full: `"drop"` it, or `"reroute"` it to the next best one.
+        capacity_order (`str`, defaults to `"token_major"`):
+            Who gets a slot first: earlier tokens, or `"choice_major"`, first choices of all tokens, which is not causal.
+        allow_noncausal_routing (`bool`, defaults to `False`):
+            Whether routing may depend on later tokens. The loss of a causal language model then means nothing.
         router_kwargs (`dict`, defaults to `{}`):
             Arguments that one routing function alone reads.
         output_router_logits (`bool`, defaults to `False`):
@@ -118,6 +151,7 @@ class MoEConfig(PreTrainedConfig):
         "aux_loss",
         "router_logits",
         "router_losses",
+        "router_stats",
     ]
 
     text_config: dict | PreTrainedConfig | None = None
@@ -133,9 +167,25 @@ class MoEConfig(PreTrainedConfig):
     first_k_dense_replace: int = 0
     decoder_sparse_step: int = 1
     mlp_only_layers: list[int] | None = None
-    router_aux_loss_coef: float | int = 0.01
+    balance_strategy: str = "loss"
+    bias_update_rate: float | int = 1e-3
+    balance_loss_scope: str = "micro_batch"
+    router_aux_loss_coef: float | int | None = None
     router_z_loss_coef: float | int = 1e-3
+    router_loss_coefs: dict | None = None
+    router_loss_kwargs: dict | None = None
+    n_group: int | None = None
+    topk_group: int | None = None
     router_jitter_noise: float | int = 0.0
+    router_noise: str = "none"
+    router_noise_scale: float | int = 1.0
+    router_noise_affects: str = "selection"
+    capacity_factor: float | int | None = None
+    eval_capacity_factor: float | int | None = None
+    min_expert_capacity: int = 4
+    overflow_policy: str = "drop"
+    capacity_order: str = "token_major"
+    allow_noncausal_routing: bool = False
     router_kwargs: dict | None = None
     output_router_logits: bool = False
     upcycling: dict | None = None
@@ -144,7 +194,10 @@ class MoEConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
         self.mlp_only_layers = sorted(self.mlp_only_layers or [])
-        self.router_kwargs = dict(self.router_kwargs or {})
+        for name in ("router_kwargs", "router_loss_coefs", "router_loss_kwargs"):
+            setattr(self, name, dict(getattr(self, name) or {}))
+        if self.router_aux_loss_coef is None:
+            self.router_aux_loss_coef = 0.0 if self.balance_strategy == "bias" else 0.01
         if self.text_config is None:
             raise MoEError(
                 "MoEConfig needs text_config, the configuration of the dense decoder, and got None. "
@@ -159,7 +212,7 @@ class MoEConfig(PreTrainedConfig):
                 raise MoEError('text_config is a dict without "model_type": name the dense family, such as "llama".')
         super().__post_init__(**kwargs)
         if self.norm_topk_prob is None:
-            self.norm_topk_prob = self.num_experts_per_tok > 1
+            self.norm_topk_prob = self.num_experts_per_tok > 1 and self.router_type != "top_p"
         for name in ("output_hidden_states", "return_dict"):
             setattr(self.text_config, name, getattr(self, name))
 
@@ -171,29 +224,12 @@ class MoEConfig(PreTrainedConfig):
                 raise MoEError(f"MoEConfig has no field {name!r}; the nearest is {nearest[0]!r}.")
 
     def validate_routing(self):
-        """Part of the strict validation: the number of experts and how a token's experts are weighted."""
-        if self.num_experts < 1:
-            raise MoEError(f"num_experts is {self.num_experts}; it must be at least 1.")
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise MoEError(
-                f"num_experts_per_tok is {self.num_experts_per_tok}; it must be between 1 and "
-                f"num_experts = {self.num_experts}."
-            )
-        if self.norm_topk_prob and self.num_experts_per_tok == 1 and self.num_experts > 1:
-            raise MoEError(
-                "norm_topk_prob=True with num_experts_per_tok=1 makes every weight 1, so the router gets no gradient "
-                "and never learns. Leave norm_topk_prob out, or use num_experts_per_tok >= 2."
-            )
-        if self.scoring_func not in SCORING_FUNCTIONS:
-            raise MoEError(f"scoring_func is {self.scoring_func!r}; it must be one of {list(SCORING_FUNCTIONS)}.")
-        if not (math.isfinite(self.routed_scaling_factor) and self.routed_scaling_factor > 0):
-            raise MoEError(f"routed_scaling_factor is {self.routed_scaling_factor}; it must be finite and above 0.")
-        if not 0 <= self.router_jitter_noise < 1:
-            raise MoEError(f"router_jitter_noise is {self.router_jitter_noise}; it must be in [0, 1).")
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise MoEError(f"{name} is {value}; it must be finite and at least 0.")
+        """Part of the strict validation: how tokens are given experts, and what the router's losses weigh."""
+        check_experts_per_token(self)
+        check_groups(self)
+        check_noise(self)
+        check_capacity(self)
+        check_balance(self)
 
     def validate_structure(self):
         """Part of the strict validation: the width of the experts and which layers have them."""

@@ -52,10 +52,13 @@ class Combined:
             config = self.config
             std = getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02
             for name, parameter in module.named_parameters(recurse=False):
-                if name.endswith("_bias"):
+                # What a router has besides its weight starts without effect.
+                if name.endswith("_bias") or (isinstance(module, Router) and name != "weight"):
                     init.zeros_(parameter)
                 else:
                     init.normal_(parameter, mean=0.0, std=std)
+            for buffer in module.buffers(recurse=False):
+                init.zeros_(buffer)
 
     def __reduce_ex__(self, protocol):
         # A class made at run time cannot be found by name; its two parents can.

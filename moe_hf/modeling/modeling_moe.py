@@ -8,6 +8,7 @@ Letters: B batch, S sequence, T = B * S tokens, E experts, V vocabulary.
 
 import inspect
 from dataclasses import dataclass, fields
+from functools import wraps
 
 import torch
 from torch import nn
@@ -25,11 +26,13 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_moe import MoEConfig, MoEError
+from .custom_routers import CUSTOM_ROUTERS  # noqa: F401 - importing it registers them
 from .dense_mlp import activation_of, check_one_expert_reproduces, find_mlp_sites, holder_of
 from .dynamic_class import Combined, combine, put_block
-from .losses import load_balancing_loss, router_z_loss
+from .losses import LOSSES, LayerRouting, loss_coefficients, sum_over_ranks
 from .moe_block import MoEBlock, RoutingPass, current_routing_pass, recompute_contexts, routing_pass
 from .parallel_plans import expert_parallel_plan, tensor_parallel_plan, wildcard
+from .routers import check_generation, save_custom_router, why_no_cache
 
 
 @dataclass
@@ -39,9 +42,11 @@ class MoEModelOutput(MoeModelOutputWithPast):
     Args:
         router_logits (`tuple[torch.Tensor]`): raw logits of each MoE layer, (T, E); with `output_router_logits`.
         router_losses (`dict[str, torch.Tensor]`): unweighted router losses by name, means over layers.
+        router_stats (`dict[str, torch.Tensor]`): the routers' figures by name, such as `dropped_share`, means over layers.
     """
 
     router_losses: dict[str, torch.Tensor] | None = None
+    router_stats: dict[str, torch.Tensor] | None = None
 
 
 @dataclass
@@ -54,9 +59,11 @@ class MoECausalLMOutput(MoeCausalLMOutputWithPast):
             `loss`, in evaluation reported only, with `output_router_logits`.
         router_logits (`tuple[torch.Tensor]`): raw logits of each MoE layer, (T, E); with `output_router_logits`.
         router_losses (`dict[str, torch.Tensor]`): unweighted router losses by name, means over layers.
+        router_stats (`dict[str, torch.Tensor]`): the routers' figures by name, such as `dropped_share`, means over layers.
     """
 
     router_losses: dict[str, torch.Tensor] | None = None
+    router_stats: dict[str, torch.Tensor] | None = None
 
 
 _KNOWN_FIELDS = {cls: frozenset(f.name for f in fields(cls)) for cls in (MoEModelOutput, MoECausalLMOutput)}
@@ -185,6 +192,7 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
             "AutoModelForCausalLM": "modeling_moe.MoEForCausalLM",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
+        save_custom_router(self.config, save_directory)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """As in transformers; where moe_hf is installed, `tokenizer` and the other arguments of `push_model` too."""
@@ -200,9 +208,8 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         return getattr(self.config, name) if value is None else value
 
     def _wants_record(self, output_router_logits: bool) -> bool:
-        config = self.config
-        has_losses = config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0
-        return output_router_logits or (self.training and has_losses)
+        wanted = self.config.balance_strategy == "bias" or any(loss_coefficients(self.config).values())
+        return output_router_logits or (self.training and wanted)
 
     def _describe_batch(self, current: RoutingPass, named: dict) -> None:
         tokens = named.get("input_ids")
@@ -210,6 +217,9 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         if tokens is None:
             return
         batch_size, sequence_length = current.batch_size, current.sequence_length = tokens.shape[:2]
+        reason, past = why_no_cache(self.config), named.get("past_key_values")
+        if reason is not None and past is not None and past.get_seq_length() > 0:
+            raise MoEError(reason)
         attention_mask, position_ids = named.get("attention_mask"), named.get("position_ids")
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             current.token_mask = attention_mask[:, -sequence_length:].reshape(-1).bool()
@@ -218,28 +228,27 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
             row = torch.arange(batch_size, device=starts.device)[:, None] * sequence_length
             current.document_ids = (starts.cumsum(-1) + row).reshape(-1)
 
-    def _router_losses(self, current: RoutingPass) -> dict[str, torch.Tensor] | None:
-        """Unweighted losses by name, each the mean over the MoE layers; None when nothing was recorded."""
-        if not current.record or not current.layers:
+    def _router_losses(self, current: RoutingPass, report: bool) -> dict[str, torch.Tensor] | None:
+        """Unweighted losses by name, each the mean over the MoE layers; None when nothing was recorded.
+
+        Those with a coefficient above 0, and with `report` every loss that the configuration names.
+        """
+        layers = current.layers
+        if not current.record or not layers:
             return None
-        balance, z_loss = [], []
-        device = current.layers[0].router_logits.device
-        for layer in current.layers:
-            mask = current.token_mask
-            mask = mask.to(layer.router_logits.device) if mask is not None else None
-            loss = load_balancing_loss(
-                layer.router_logits,
-                layer.top_k_index,
-                mask,
-                token_index=layer.token_index,
-                scoring_func=self.config.scoring_func,
-            )
-            balance.append(loss.to(device))
-            z_loss.append(router_z_loss(layer.router_logits, mask).to(device))
-        return {
-            "load_balancing_loss": torch.stack(balance).mean(),
-            "router_z_loss": torch.stack(z_loss).mean(),
-        }
+        is_step = self.training and torch.is_grad_enabled()
+        if is_step and self.config.balance_loss_scope == "global_batch":
+            counts = [layer.choice_counts() if layer.step_counts is None else layer.step_counts for layer in layers]
+            for layer, total in zip(layers, sum_over_ranks(counts), strict=True):
+                layer.global_counts = total
+        losses, device = {}, layers[0].router_logits.device
+        for name, coefficient in loss_coefficients(self.config).items():
+            if coefficient > 0 or report:
+                values = [LOSSES[name](layer) for layer in layers]
+                values = [value.to(device) for value in values if value is not None]
+                if values:
+                    losses[name] = torch.stack(values).mean()
+        return losses or None
 
 
 def _rows_are_aligned(base_model: nn.Module) -> bool:
@@ -302,7 +311,8 @@ class MoEModel(MoEPreTrainedModel):
             MoEModelOutput,
             outputs,
             router_logits=tuple(layer.router_logits for layer in current.layers) if output_router_logits else None,
-            router_losses=self._router_losses(current),
+            router_losses=self._router_losses(current, output_router_logits),
+            router_stats=_mean_stats(current.layers),
         )
         return outputs if return_dict else outputs.to_tuple()
 
@@ -313,6 +323,11 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     @staticmethod
     def _dense_classes():
         return MODEL_FOR_CAUSAL_LM_MAPPING
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        check_generation(self.config)
+        return super().generate(*args, **kwargs)
 
     def forward(self, *args, **kwargs):
         """Run the dense model's forward; in training add the weighted router losses to its loss, once.
@@ -328,13 +343,10 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             self._describe_batch(current, named)
             outputs = super().forward(**named, return_dict=True)
         loss, aux_loss = outputs.loss, None
-        router_losses = self._router_losses(current)
+        router_losses = self._router_losses(current, output_router_logits)
         if router_losses is not None:
-            config = self.config
-            aux_loss = (
-                config.router_aux_loss_coef * router_losses["load_balancing_loss"]
-                + config.router_z_loss_coef * router_losses["router_z_loss"]
-            )
+            coefficients = loss_coefficients(self.config)
+            aux_loss = sum(coefficients[name] * loss for name, loss in router_losses.items())
             if self.training:
                 aux_loss = aux_loss * _share_of_labels(named, aux_loss.dtype)
                 if loss is not None:
@@ -346,8 +358,16 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             aux_loss=aux_loss,
             router_logits=tuple(layer.router_logits for layer in current.layers) if output_router_logits else None,
             router_losses=router_losses,
+            router_stats=_mean_stats(current.layers),
         )
         return outputs if return_dict else outputs.to_tuple()
+
+
+def _mean_stats(layers: list[LayerRouting]) -> dict[str, torch.Tensor] | None:
+    """The figures that routers reported, by name, each the mean over the layers that have it."""
+    stats = [layer.routing.stats for layer in layers]
+    values = {name: [s[name] for s in stats if name in s] for name in sorted({name for s in stats for name in s})}
+    return {name: torch.stack([v.to(of[0].device) for v in of]).mean() for name, of in values.items()} or None
 
 
 def _share_of_labels(named: dict, dtype: torch.dtype) -> torch.Tensor | float:

@@ -15,18 +15,10 @@ from transformers.utils.output_capturing import CompileableContextVar
 from .configuration_moe import MoEConfig
 from .dense_mlp import MLPSite
 from .experts import SharedExpert, make_experts
-from .routing import RoutingContext, routing_function, wide
-
-
-@dataclass
-class LayerRouting:
-    """What the router of one layer decided in one forward pass."""
-
-    layer_index: int
-    router_logits: torch.Tensor
-    top_k_index: torch.Tensor
-    token_index: torch.Tensor | None = None
-    stats: dict[str, torch.Tensor] = field(default_factory=dict)
+from .losses import LayerRouting
+from .router_noise import draw_noise, noise_parameters
+from .routers import router_spec
+from .routing import RoutingContext, wide
 
 
 @dataclass
@@ -44,6 +36,12 @@ class RoutingPass:
     record: bool = False
     has_model: bool = False
     layers: list[LayerRouting] = field(default_factory=list)
+
+    def sequence_ids(self, num_tokens: int, device: torch.device) -> torch.Tensor:
+        """Which sequence (which document, when packed) each token belongs to, (T,), in [0, T)."""
+        if self.document_ids is not None:
+            return self.document_ids
+        return torch.arange(num_tokens, device=device) // self.sequence_length
 
 
 _ROUTING_PASS = CompileableContextVar("moe_hf_routing_pass")
@@ -79,8 +77,20 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.layer_index = site.layer_index
-        self.function = routing_function(config)
+        spec = router_spec(config)
+        self.function, self.arguments = spec.function, spec.resolve_arguments(config)
         self.weight = nn.Parameter(torch.empty(config.num_experts, site.hidden_size))
+        sizes = {"E": config.num_experts, "D": site.hidden_size}
+        self.parameter_names = tuple(shapes := spec.parameters | noise_parameters(config))
+        for name, letters in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty([sizes[letter] for letter in letters])))
+        has_bias = config.balance_strategy == "bias"
+        # Loading keeps a dtype that is given here, whatever dtype is asked for the model.
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if has_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
+        # Choices per expert since the last optimizer step, (E,) int64, or None. Not a buffer: in distributed training
+        # those are overwritten with the first process's.
+        self.step_counts: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(T, D) -> router_logits (T, E), top_k_weights (T, K), top_k_index (T, K).
@@ -95,15 +105,27 @@ class Router(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             router_logits = F.linear(inputs, self.weight.to(inputs.dtype))  # (T, E)
             current = current_routing_pass() or RoutingPass(sequence_length=hidden_states.shape[0])
-            routing = self.function(router_logits, self._context(hidden_states, current))
+            context = self._context(router_logits, inputs, hidden_states, current)
+            routing = self.function(router_logits, context)
         if current.record:
-            current.layers.append(
-                LayerRouting(self.layer_index, router_logits, routing.top_k_index, routing.token_index, routing.stats)
+            layer = LayerRouting(
+                config=self.config,
+                layer_index=self.layer_index,
+                router_logits=router_logits,
+                routing=routing,
+                token_mask=current.token_mask,
+                sequence_ids=current.sequence_ids(router_logits.shape[0], router_logits.device),
+                noise=context.noise,
             )
+            self._count_choices(layer)
+            current.layers.append(layer)
         result = (router_logits, routing.top_k_weights, routing.top_k_index)
         return result if routing.token_index is None else (*result, routing.token_index)
 
-    def _context(self, hidden_states: torch.Tensor, current: RoutingPass) -> RoutingContext:
+    def _context(
+        self, router_logits: torch.Tensor, inputs: torch.Tensor, hidden_states: torch.Tensor, current: RoutingPass
+    ) -> RoutingContext:
+        parameters = {name: getattr(self, name) for name in self.parameter_names}
         return RoutingContext(
             config=self.config,
             layer_index=self.layer_index,
@@ -113,7 +135,31 @@ class Router(nn.Module):
             sequence_length=current.sequence_length,
             token_mask=current.token_mask,
             document_ids=current.document_ids,
+            correction_bias=self.e_score_correction_bias,
+            noise=draw_noise(router_logits, self.config, inputs, parameters) if self.training else None,
+            arguments=self.arguments,
+            parameters=parameters,
         )
+
+    def _count_choices(self, layer: LayerRouting) -> None:
+        """Add up the choices of training passes: for the correction bias, or where `step_counts` was set to zeros."""
+        wanted = self.e_score_correction_bias is not None or self.step_counts is not None
+        if not (wanted and self.training and torch.is_grad_enabled()):
+            return
+        counts = layer.choice_counts()
+        if self.step_counts is None:
+            self.step_counts = torch.zeros_like(counts)
+        self.step_counts += counts.to(self.step_counts.device)
+        layer.step_counts = self.step_counts
+
+    def _apply(self, fn, recurse: bool = True):
+        """As in torch; the correction bias moves along and stays in float32, whose steps bfloat16 would lose."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if bias is not None and moved.dtype != torch.float32:
+            self.e_score_correction_bias = moved.float() if bias.is_meta else bias.to(moved.device)
+        return self
 
     def extra_repr(self) -> str:
         return (
@@ -142,6 +188,7 @@ class MoEBlock(nn.Module):
         _, top_k_weights, top_k_index, *token_index = self.gate(tokens)
         if token_index:
             rows = self.experts(tokens[token_index[0]], top_k_index, top_k_weights)  # (R, D)
+            rows = self._count_bias_once(rows, top_k_index, top_k_weights)
             output = torch.zeros_like(tokens).index_add(0, token_index[0], rows)
         else:
             output = self.experts(tokens, top_k_index, top_k_weights)  # (T, D)

@@ -1,17 +1,32 @@
-"""Routing: which experts each token uses, and with what weights.
+"""The routing contract: what a routing function is told, what it answers, and how it is described.
 
-A routing function is pure: `fn(router_logits, context) -> Routing`. `ROUTERS` maps names to functions, and
-`register_router` adds one.
+A routing function decides which experts each token uses, and with what weights: `fn(router_logits, context) -> Routing`.
+It keeps no state; its random draws, in training only, come from torch's global generator, so that a checkpointed layer
+draws the same again.
 
-Letters: B batch, S sequence, T = B * S tokens, E experts, K experts per token, R rows.
+Letters: B batch, S sequence, T = B * S tokens, D model width, E experts, K experts per token, R rows.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from .configuration_moe import MoEConfig, MoEError
+
+
+@dataclass(frozen=True)
+class RouterNoise:
+    """Noise that was added to the logits of one layer in one forward pass.
+
+    Attributes:
+        logits: the noisy logits, (T, E).
+        std: standard deviation of the noise, (T, E) with a gradient where it is learned, or a scalar.
+    """
+
+    logits: torch.Tensor
+    std: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -25,7 +40,11 @@ class RoutingContext:
         training: whether the model is in training mode.
         batch_size, sequence_length: B and S of the batch in this forward pass.
         token_mask: (T,), True for real tokens, or None when there is no padding.
-        document_ids: (T,), equal for tokens of one document in one row; None when rows are not packed.
+        document_ids: (T,), equal for tokens of one document in one row, and not falling; None when rows are not packed.
+        correction_bias: (E,), added to the scores for choosing only, or None.
+        noise: the noise of this pass, in training with `router_noise`; otherwise None.
+        arguments: `router_kwargs`, completed with the defaults of the routing function.
+        parameters: the parameters of this layer's router besides its weight, by name.
     """
 
     config: MoEConfig
@@ -36,6 +55,10 @@ class RoutingContext:
     sequence_length: int
     token_mask: torch.Tensor | None = None
     document_ids: torch.Tensor | None = None
+    correction_bias: torch.Tensor | None = None
+    noise: RouterNoise | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,16 +70,89 @@ class Routing:
         top_k_weights: mixing weights, (T, K), float32 or wider.
         token_index: for a varying number of experts per token, the token of each of R rows, (R,); the other two are
             then (R, 1).
-        stats: figures to report, by name.
+        preferred_index: (T, K), the experts that tokens chose, where full ones sent them elsewhere; otherwise None.
+        stats: figures to report, by name; scalars without a gradient.
     """
 
     top_k_index: torch.Tensor
     top_k_weights: torch.Tensor
     token_index: torch.Tensor | None = None
+    preferred_index: torch.Tensor | None = None
     stats: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 RoutingFunction = Callable[[torch.Tensor, RoutingContext], Routing]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One key of `router_kwargs`: its default, which values are allowed, in words and as a test.
+
+    Without a test the routing function checks the value itself.
+    """
+
+    default: Any = None
+    allowed: str = "anything"
+    test: Callable[[Any], bool] | None = None
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """A routing function and what it needs.
+
+    Attributes:
+        function: the routing function.
+        arguments: the keys of `router_kwargs` that it reads.
+        parameters: shapes of the parameters that the router has besides its weight, by name, in the letters "E" and
+            "D"; they start at zero.
+        options: which of `ROUTER_OPTIONS` it honours; a configuration that sets another one is refused.
+        causal: whether a token's experts and weights depend on that token and earlier ones of its sequence alone.
+        check: raises `MoEError` for a configuration that the function cannot serve.
+    """
+
+    function: RoutingFunction
+    arguments: dict[str, Argument] = field(default_factory=dict)
+    parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    options: frozenset[str] = frozenset()
+    causal: bool = True
+    check: Callable[[MoEConfig, dict[str, Any]], None] | None = None
+
+    def resolve_arguments(self, config: MoEConfig) -> dict[str, Any]:
+        """`config.router_kwargs`, completed with defaults.
+
+        Raises:
+            MoEError: a key that the function does not read, a value that it does not allow, or an option or a
+                combination of fields that it does not serve.
+        """
+        name, given = config.router_type, config.router_kwargs
+        unknown = sorted(set(given) - set(self.arguments))
+        if unknown:
+            raise MoEError(
+                f"router_kwargs has {unknown}, which router_type={name!r} does not read; "
+                f"it reads {sorted(self.arguments) or 'none'}."
+            )
+        arguments = {key: given.get(key, argument.default) for key, argument in self.arguments.items()}
+        for key, argument in self.arguments.items():
+            if argument.test is not None and not argument.test(arguments[key]):
+                raise MoEError(f"router_kwargs[{key!r}] is {arguments[key]!r}; it must be {argument.allowed}.")
+        for option, (fields, is_set) in ROUTER_OPTIONS.items():
+            if option not in self.options and is_set(config):
+                raise MoEError(f"router_type={name!r} has no use for {fields}; leave it out, or use 'top_k'.")
+        if self.check is not None:
+            self.check(config, arguments)
+        return arguments
+
+
+# Fields of the configuration that some routing functions honour: what they are called, and whether they are set.
+ROUTER_OPTIONS: dict[str, tuple[str, Callable[[MoEConfig], bool]]] = {
+    "correction_bias": ("balance_strategy='bias'", lambda config: config.balance_strategy == "bias"),
+    "noise": ("router_noise", lambda config: config.router_noise != "none"),
+    "groups": ("n_group and topk_group", lambda config: config.n_group is not None),
+    "capacity": (
+        "capacity_factor",
+        lambda config: config.capacity_factor is not None or config.eval_capacity_factor is not None,
+    ),
+}
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -68,61 +164,3 @@ def router_scores(router_logits: torch.Tensor, scoring_func: str) -> torch.Tenso
     """Scores of the experts per token, (T, E), in float32 or wider: softmax over the experts, or sigmoids."""
     logits = wide(router_logits)
     return logits.softmax(-1) if scoring_func == "softmax" else logits.sigmoid()
-
-
-def top_k(router_logits: torch.Tensor, context: RoutingContext) -> Routing:
-    """Token choice: each token takes the K experts with the highest scores.
-
-    The weights are the scores, divided by their sum with `norm_topk_prob`, times `routed_scaling_factor`. A token's
-    choice depends on that token alone, so it is causal, and nothing is dropped.
-
-    Source: Mixtral, section 2.1 (https://huggingface.co/papers/2401.04088); with sigmoid scores DeepSeek-V3, eq.
-    12-16 (https://huggingface.co/papers/2412.19437).
-    """
-    config = context.config
-    scores = router_scores(router_logits, config.scoring_func)  # (T, E)
-    weights, index = scores.topk(config.num_experts_per_tok, dim=-1)  # (T, K)
-    if config.norm_topk_prob:
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
-    return Routing(top_k_index=index, top_k_weights=weights * config.routed_scaling_factor)
-
-
-ROUTERS: dict[str, RoutingFunction] = {"top_k": top_k}
-
-# The arguments in `router_kwargs` that each routing function reads.
-ROUTER_ARGUMENTS: dict[str, frozenset[str]] = {"top_k": frozenset()}
-
-
-def register_router(name: str, function: RoutingFunction, arguments: tuple[str, ...] = ()) -> None:
-    """Add a routing function under `name`, for `MoEConfig(router_type=name)`.
-
-    Args:
-        name (`str`): a name that is not taken.
-        function (`Callable`): `fn(router_logits (T, E), context) -> Routing`.
-        arguments (`tuple[str]`): the keys of `router_kwargs` that the function reads.
-
-    Raises:
-        MoEError: when `name` is taken.
-    """
-    if name in ROUTERS:
-        raise MoEError(f"A router named {name!r} is already registered; choose another name.")
-    ROUTERS[name] = function
-    ROUTER_ARGUMENTS[name] = frozenset(arguments)
-
-
-def routing_function(config: MoEConfig) -> RoutingFunction:
-    """The function that `config.router_type` names.
-
-    Raises:
-        MoEError: for an unknown name, or `router_kwargs` that the function does not read.
-    """
-    if config.router_type not in ROUTERS:
-        raise MoEError(f"router_type is {config.router_type!r}; it must be one of {sorted(ROUTERS)}.")
-    known = ROUTER_ARGUMENTS[config.router_type]
-    unknown = sorted(set(config.router_kwargs) - known)
-    if unknown:
-        raise MoEError(
-            f"router_kwargs has {unknown}, which router_type={config.router_type!r} does not read; "
-            f"it reads {sorted(known) or 'none'}."
-        )
-    return ROUTERS[config.router_type]

@@ -17,9 +17,12 @@ from moe_hf.errors import MoEError
 from moe_hf.finetuning.scopes import ScopeReport, apply_scope
 from moe_hf.hub import push_model
 from moe_hf.modeling.configuration_moe import MoEConfig
+from moe_hf.modeling.losses import loss_coefficients
 from moe_hf.reporting.card import model_card
 from moe_hf.trainer.arguments import MoETrainingArguments
 from moe_hf.trainer.checkpoints import agree, choose_checkpoint, load_weights_, shared_folder
+from moe_hf.trainer.expert_balance import ExpertBalanceCallback
+from moe_hf.trainer.routing_logs import RoutingLogs
 
 
 logger = logging.get_logger(__name__)
@@ -42,6 +45,8 @@ class MoETrainer(Trainer):
     - A loss that is not finite ends the run instead of being logged as 0.
     - Router losses are added by the model's forward, weighted by labels, so they do not change with accumulation or the
       number of processes; what would drop them (label smoothing, `compute_loss_func`) is refused.
+    - Correction biases of the routers move after each optimizer step, and `balance_loss_scope="global_batch"` counts
+      its micro-batches (`ExpertBalanceCallback`).
 
     Args:
         model (`PreTrainedModel`): the model to train.
@@ -54,6 +59,7 @@ class MoETrainer(Trainer):
             args = MoETrainingArguments(output_dir="trainer_output")
         self._given_dtypes = {name: p.dtype for name, p in model.named_parameters()}
         self.scope_report: ScopeReport | None = None
+        self._routing_logs = RoutingLogs()
         if isinstance(args, MoETrainingArguments) and args.scope is not None:
             master_dtype = torch.float32 if args.fp32_masters else None
             self.scope_report = apply_scope(model, args.scope, master_dtype=master_dtype)
@@ -64,6 +70,7 @@ class MoETrainer(Trainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         super().__init__(model, args, **kwargs)
+        _balance_experts(self)
         if self.scope_report is not None and self.is_world_process_zero():
             print(self.scope_report)
 
@@ -81,8 +88,21 @@ class MoETrainer(Trainer):
             print(f"Resuming from {checkpoint}, whose manifest holds.")
         return super().train(checkpoint, *args, **kwargs)
 
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs):
+        """As `Trainer.compute_loss`; in training the routers' losses and figures are kept for the next log."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            self._routing_logs.add(outputs)
+        return (loss, outputs) if return_outputs else loss
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log, and end the run at a loss that is not finite: the weights are lost from then on."""
+        """Log, and end the run at a loss that is not finite: the weights are lost from then on.
+
+        A training log also has what the routers reported since the last one: unweighted losses and figures such as
+        `dropped_share`, means over the micro-batches of this process.
+        """
+        if "loss" in logs:
+            logs |= self._routing_logs.take()
         super().log(logs, *args, **kwargs)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise MoEError(
@@ -243,15 +263,25 @@ def _check_trainable(model: nn.Module) -> None:
 
 def _refuse_lost_router_losses(model: nn.Module, args: TrainingArguments, kwargs: dict) -> None:
     config = getattr(model, "config", None)
-    if not isinstance(config, MoEConfig) or not (config.router_aux_loss_coef or config.router_z_loss_coef):
+    if not isinstance(config, MoEConfig) or not any(loss_coefficients(config).values()):
         return
     taken = "label_smoothing_factor" if args.label_smoothing_factor else None
     taken = "compute_loss_func" if kwargs.get("compute_loss_func") is not None else taken
     if taken:
         raise MoEError(
             f"{taken} takes the labels away from the model, which then adds no router losses. Leave it unset, or set "
-            "router_aux_loss_coef and router_z_loss_coef to 0."
+            "the coefficients of the router losses to 0 (router_aux_loss_coef, router_z_loss_coef, router_loss_coefs)."
         )
+
+
+def _balance_experts(trainer: MoETrainer) -> None:
+    """Add the callback of a model that counts the choices of whole optimizer steps, unless it was given."""
+    config = getattr(trainer.model, "config", None)
+    has_bias = getattr(config, "balance_strategy", None) == "bias"
+    counts_steps = getattr(config, "balance_loss_scope", None) == "global_batch"
+    given = any(isinstance(callback, ExpertBalanceCallback) for callback in trainer.callback_handler.callbacks)
+    if (has_bias or counts_steps) and not given:
+        trainer.add_callback(ExpertBalanceCallback())
 
 
 def _choose_autocast(args: TrainingArguments, model: nn.Module, given: set[torch.dtype]) -> None:

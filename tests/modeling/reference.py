@@ -7,6 +7,7 @@ from torch import nn
 
 from moe_hf import MoEConfig
 from moe_hf.modeling.dense_mlp import activation_of, find_mlp_sites, holder_of
+from moe_hf.modeling.experts import Experts
 from moe_hf.modeling.moe_block import MoEBlock
 from tests.tiny_models import tiny_dense
 
@@ -28,29 +29,31 @@ def make_block(kind: str, **fields) -> MoEBlock:
     return block
 
 
+def reference_expert(experts: Experts, expert: int, token: torch.Tensor) -> torch.Tensor:
+    """What one expert makes of one token, (D,) -> (D,)."""
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    hidden = getattr(experts, first)[expert] @ token
+    if experts.has_bias:
+        hidden = hidden + getattr(experts, f"{first}_bias")[expert]
+    if experts.has_gate:
+        gate, up = hidden.chunk(2)
+        hidden = experts.act_fn(gate) * up
+    else:
+        hidden = experts.act_fn(hidden)
+    hidden = experts.down_proj[expert] @ hidden
+    return hidden + experts.down_proj_bias[expert] if experts.has_bias else hidden
+
+
 def reference_moe(block: MoEBlock, tokens: torch.Tensor) -> torch.Tensor:
     """What `block` should return for (T, D) tokens: one token and one choice at a time, softmax top-k, normalised."""
-    experts, config = block.experts, block.gate.config
-    first = "gate_up_proj" if experts.has_gate else "up_proj"
     outputs = []
     for token in tokens:
         probabilities = (block.gate.weight @ token).softmax(-1)
-        weights, chosen = probabilities.topk(config.num_experts_per_tok)
+        weights, chosen = probabilities.topk(block.gate.config.num_experts_per_tok)
         weights = weights / weights.sum()
         output = torch.zeros_like(token)
         for weight, expert in zip(weights, chosen.tolist(), strict=True):
-            hidden = getattr(experts, first)[expert] @ token
-            if experts.has_bias:
-                hidden = hidden + getattr(experts, f"{first}_bias")[expert]
-            if experts.has_gate:
-                gate, up = hidden.chunk(2)
-                hidden = experts.act_fn(gate) * up
-            else:
-                hidden = experts.act_fn(hidden)
-            hidden = experts.down_proj[expert] @ hidden
-            if experts.has_bias:
-                hidden = hidden + experts.down_proj_bias[expert]
-            output = output + weight * hidden
+            output = output + weight * reference_expert(block.experts, expert, token)
         outputs.append(output)
     return torch.stack(outputs)
 

@@ -1,44 +1,13 @@
-"""Router losses: their values, their masks, and how they enter the model's loss."""
+"""How router losses enter the model's loss: layers, scopes, coefficients, accumulation and padding."""
 
 import pytest
 import torch
 
 from moe_hf import MoEConfig, MoEError, MoEForCausalLM, upcycle
-from moe_hf.modeling.losses import load_balancing_loss, router_z_loss
-from moe_hf.modeling.moe_block import LayerRouting, RoutingPass
+from moe_hf.modeling.losses import loss_coefficients
+from moe_hf.modeling.moe_block import Router, RoutingPass
+from tests.modeling.decided import decided
 from tests.tiny_models import random_ids, tiny_config, tiny_dense
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
-def test_load_balancing_loss_is_one_at_balance_and_E_over_K_at_collapse(top_k, scoring_func):
-    experts, tokens = 8, 16
-    index = (torch.arange(tokens * top_k) % experts).view(tokens, top_k)
-    balanced = load_balancing_loss(torch.zeros(tokens, experts), index, scoring_func=scoring_func)
-    assert balanced == pytest.approx(1, abs=1e-6)
-    logits = torch.full((tokens, experts), -100.0)
-    logits[:, :top_k] = 100.0
-    collapsed = load_balancing_loss(logits, logits.topk(top_k).indices, scoring_func=scoring_func)
-    assert collapsed == pytest.approx(experts / top_k, rel=1e-6)
-
-
-def test_losses_equal_loops_in_float64_and_ignore_padding():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(11, 4, generator=generator, dtype=torch.float64)
-    mask = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 1, 0, 1], dtype=torch.bool)
-    index = logits.topk(2).indices
-    counts, scores, squares, real = [0.0] * 4, [0.0] * 4, 0.0, int(mask.sum())
-    for token in torch.where(mask)[0].tolist():
-        for expert in index[token].tolist():
-            counts[expert] += 1 / (real * 2)
-        for expert in range(4):
-            scores[expert] += float(logits[token].softmax(-1)[expert]) / real
-        squares += float(logits[token].exp().sum().log() ** 2) / real
-    expected = 4 * sum(c * s for c, s in zip(counts, scores, strict=True))
-    assert float(load_balancing_loss(logits, index, mask)) == pytest.approx(expected, rel=1e-12)
-    assert float(router_z_loss(logits, mask)) == pytest.approx(squares, rel=1e-12)
-    moved = torch.where(mask[:, None], logits, 100 * logits)
-    assert torch.equal(load_balancing_loss(moved, index, mask), load_balancing_loss(logits, index, mask))
 
 
 def make_model(**fields) -> MoEForCausalLM:
@@ -48,13 +17,13 @@ def make_model(**fields) -> MoEForCausalLM:
 
 
 def test_layers_are_scored_one_by_one():
-    # Each layer collapses onto two experts of its own; pooled over layers that looks balanced.
+    # Each layer collapses onto two experts of its own: f P is 2 in each, and pooled over layers it would be 1.
     layers = []
     for first in (0, 2):
         logits = torch.full((6, 4), -100.0)
         logits[:, first : first + 2] = 100.0
-        layers.append(LayerRouting(0, logits, logits.topk(2).indices))
-    losses = make_model()._router_losses(RoutingPass(record=True, layers=layers))
+        layers.append(decided(logits))
+    losses = make_model()._router_losses(RoutingPass(record=True, layers=layers), report=False)
     assert float(losses["load_balancing_loss"]) == pytest.approx(2, rel=1e-6)
 
 
@@ -84,6 +53,113 @@ def test_zero_coefficients_record_nothing():
     assert output.aux_loss is None and output.router_losses is None
 
 
+EVERY_LOSS = {
+    "importance_loss": 0.1,
+    "load_loss": 0.2,
+    "local_entropy_loss": 0.3,
+    "global_entropy_loss": 0.4,
+    "device_balance_loss": 0.5,
+}
+
+
+def test_further_losses_enter_with_their_coefficients_and_survive_a_checkpoint(tmp_path):
+    model = make_model(
+        router_noise="gaussian", router_loss_coefs=EVERY_LOSS, router_loss_kwargs={"num_device_groups": 2}
+    )
+    model.save_pretrained(tmp_path)
+    model = MoEForCausalLM.from_pretrained(tmp_path).train()
+    assert loss_coefficients(model.config) == {
+        "load_balancing_loss": 0.01,
+        "router_z_loss": 1e-3,
+        **EVERY_LOSS,
+    }
+    ids = random_ids()
+    output = model(ids, labels=ids)
+    assert output.router_losses.keys() == loss_coefficients(model.config).keys()
+    expected = sum(loss_coefficients(model.config)[name] * loss for name, loss in output.router_losses.items())
+    assert torch.equal(output.aux_loss, expected)
+    # Every layer's router learns from each of them.
+    routers = [module.weight for module in model.modules() if isinstance(module, Router)]
+    for name, loss in output.router_losses.items():
+        gradients = torch.autograd.grad(loss, routers, retain_graph=True)
+        assert all(gradient.abs().sum() > 0 for gradient in gradients), name
+    # Nothing is noisy in evaluation, so there is no load to estimate.
+    reported = model.eval()(ids, output_router_logits=True).router_losses
+    assert reported.keys() == expected_names(without="load_loss")
+
+
+def expected_names(without: str) -> set[str]:
+    return {"load_balancing_loss", "router_z_loss", *EVERY_LOSS} - {without}
+
+
+def test_a_loss_of_weight_zero_is_reported_and_not_computed_otherwise():
+    model = make_model(router_aux_loss_coef=0.0, router_loss_coefs={"local_entropy_loss": 0.0}).train()
+    ids = random_ids()
+    assert model(ids, labels=ids).router_losses.keys() == {"router_z_loss"}
+    reported = model(ids, labels=ids, output_router_logits=True)
+    assert reported.router_losses.keys() == {"router_z_loss", "load_balancing_loss", "local_entropy_loss"}
+    assert torch.equal(reported.aux_loss, 1e-3 * reported.router_losses["router_z_loss"])
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global_batch"])
+def test_packed_documents_are_scored_alone_only_in_the_scope_of_sequences(scope):
+    model = make_model(balance_loss_scope=scope, router_z_loss_coef=0.0).train()
+    documents = [random_ids(1, length, seed=length) for length in (5, 9, 2)]
+    row = torch.cat(documents, 1)
+    positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
+    packed = model(row, position_ids=positions, use_cache=False).router_losses["load_balancing_loss"]
+    alone = [model(document).router_losses["load_balancing_loss"] for document in documents]
+    mean = sum(loss * document.shape[1] for loss, document in zip(alone, documents, strict=True)) / row.shape[1]
+    assert torch.allclose(packed, mean, rtol=1e-5) == (scope == "sequence")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"router_aux_loss_coef": 1.0, "balance_loss_scope": "sequence"},
+        {"router_z_loss_coef": 1.0},
+        {"router_loss_coefs": {"local_entropy_loss": 1.0}},
+    ],
+    ids=["sequence", "z", "local_entropy"],
+)
+def test_means_over_tokens_and_sequences_are_the_same_for_one_micro_batch_and_for_many(fields):
+    model = make_model(**{"router_z_loss_coef": 0.0, "router_aux_loss_coef": 0.0} | fields).double()
+    model.set_experts_implementation("eager")
+    ids = random_ids(4, 10)
+    items = torch.tensor(4 * 9)
+    one = router_gradient(model.train(), [{"input_ids": ids, "labels": ids}], items)
+    for size in (1, 2):
+        batches = [{"input_ids": part, "labels": part} for part in ids.split(size)]
+        many = router_gradient(model, batches, items)
+        # transformers computes the cross-entropy in float32, whatever the model's dtype.
+        assert float((many - one).norm() / one.norm()) <= 1e-6
+
+
+def test_global_batch_counts_all_micro_batches_of_a_step_where_counts_are_kept():
+    model = make_model(balance_loss_scope="global_batch").train()
+    first, second = random_ids(2, 10, seed=1), random_ids(2, 10, seed=2)
+    alone = model(second).router_losses["load_balancing_loss"]
+    whole = model(torch.cat([first, second])).router_losses["load_balancing_loss"]
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    assert all(router.step_counts is None for router in routers), "nothing says when a step ends"
+    for router in routers:
+        router.step_counts = torch.zeros(4, dtype=torch.long)
+    early = model(first).router_losses["load_balancing_loss"]
+    late = model(second).router_losses["load_balancing_loss"]
+    assert not torch.equal(late, alone)
+    assert all(int(router.step_counts.sum()) == 40 * 2 for router in routers)
+    # With the counts of the whole, the mean over micro-batches is the loss of the whole.
+    for router in routers:
+        router.step_counts -= router.step_counts
+    model(second)
+    assert torch.allclose((model(first).router_losses["load_balancing_loss"] + late) / 2, whole, rtol=1e-5)
+    assert not torch.allclose((early + alone) / 2, whole, rtol=1e-5)
+    # Evaluation neither counts nor reads.
+    counts = [router.step_counts.clone() for router in routers]
+    model.eval()(first, output_router_logits=True)
+    assert all(torch.equal(r.step_counts, c) for r, c in zip(routers, counts, strict=True))
+
+
 def router_gradient(model, batches, num_items=None) -> torch.Tensor:
     model.zero_grad()
     for batch in batches:
@@ -91,6 +167,7 @@ def router_gradient(model, batches, num_items=None) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if n.endswith("gate.weight")])
 
 
+# A trainer that adds the router losses of each micro-batch unweighted multiplies them by `steps`.
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_accumulating_identical_batches_does_not_change_the_router_gradient(steps, checkpointing):
@@ -131,8 +208,12 @@ def test_reentrant_checkpointing_is_refused():
         make_model().activation_checkpointing_enable({"use_reentrant": True})
 
 
-def test_padding_changes_neither_the_losses_nor_the_logits_of_real_tokens():
-    model = make_model().train()
+@pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global_batch"])
+def test_padding_changes_neither_the_losses_nor_the_logits_of_real_tokens(scope):
+    coefs = {name: 1.0 for name in EVERY_LOSS if name != "load_loss"}
+    model = make_model(
+        balance_loss_scope=scope, router_loss_coefs=coefs, router_loss_kwargs={"num_device_groups": 2}
+    ).train()
     ids = random_ids(2, 10)
     padded = torch.cat([torch.zeros_like(ids[:, :3]), ids], 1)
     mask = (torch.arange(13) >= 3).long().expand(2, 13)

@@ -5,7 +5,8 @@ import torch
 from torch.autograd import gradcheck
 
 from moe_hf import MoEConfig, MoEError, register_router
-from moe_hf.modeling.routing import ROUTER_ARGUMENTS, ROUTERS, Routing
+from moe_hf.modeling.routers import ROUTERS
+from moe_hf.modeling.routing import Routing
 from tests.modeling.reference import KINDS, in_float64, make_block, reference_moe
 from tests.tiny_models import tiny_config
 
@@ -123,7 +124,7 @@ def every_other_router():
 
     register_router("every_other", route, arguments=("unused",))
     yield
-    del ROUTERS["every_other"], ROUTER_ARGUMENTS["every_other"]
+    del ROUTERS["every_other"]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -142,7 +143,7 @@ def test_router_with_a_varying_number_of_experts_per_token(every_other_router, i
 
 def test_a_router_name_is_taken_once_and_its_arguments_are_checked(every_other_router):
     with pytest.raises(MoEError, match="already registered"):
-        register_router("every_other", ROUTERS["top_k"])
+        register_router("every_other", ROUTERS["top_k"].function)
     with pytest.raises(MoEError, match="router_kwargs has .*'tempo'.* reads"):
         make_block("gated", router_type="every_other", router_kwargs={"tempo": 1})
     with pytest.raises(MoEError, match="router_type is 'topk'; it must be one of .*top_k"):

@@ -42,9 +42,12 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_code_travels_with_the_model(family, tmp_path):
-    model = upcycle(tiny_dense(family), num_experts=4, noise=0.3)
+@pytest.mark.parametrize(("family", "fields"), [("llama", {"balance_strategy": "bias"}), ("opt", {})])
+def test_code_travels_with_the_model(family, fields, tmp_path):
+    model = upcycle(tiny_dense(family), num_experts=4, noise=0.3, **fields)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.linspace(-0.2, 0.2, 4))
     ids = random_ids(2, 9)
     model.save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())

@@ -92,9 +92,11 @@ def router_loss_gradient(output_dir: str | Path, accumulation: int, world_size: 
     return gradients[0] - gradients[1]
 
 
-def four_steps(kind: str, output_dir: str | Path, per_device_batch: int, accumulation: int = 1) -> dict[str, Any]:
+def four_steps(
+    kind: str, output_dir: str | Path, per_device_batch: int, accumulation: int = 1, **config_fields
+) -> dict[str, Any]:
     """Train 4 steps of 8 rows in scope `moe`, z-loss on, balance loss off; returns gradients, weights and losses."""
-    fields = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1} if kind == "ours" else {}
+    fields = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1} | config_fields if kind == "ours" else {}
     model = tiny_moe(kind, **fields)
     recorder = GradientRecorder()
     args = arguments(
@@ -114,9 +116,26 @@ def four_steps(kind: str, output_dir: str | Path, per_device_batch: int, accumul
     }
 
 
-def resumed(kind: str, output_dir: str | Path, checkpoint: str | Path | None = None) -> MoETrainer:
+# Updates that are large enough to change choices within four steps.
+BIASED = {"balance_strategy": "bias", "bias_update_rate": 0.02, "scoring_func": "sigmoid"}
+GLOBAL_BATCH = {"balance_loss_scope": "global_batch", "router_aux_loss_coef": 1.0}
+
+
+def correction_biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the correction biases among the tensors of a model."""
+    return {name: tensor for name, tensor in weights.items() if name.endswith("e_score_correction_bias")}
+
+
+def of_all_processes(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Return each process's tensors."""
+    gathered: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, tensors)
+    return gathered
+
+
+def resumed(kind: str, output_dir: str | Path, checkpoint: str | Path | None = None, **config_fields) -> MoETrainer:
     """Train 6 steps with dropout and a decaying rate, saving at 3 and 6; from `checkpoint` where given."""
-    fields = {"router_jitter_noise": 0.1} if kind == "ours" else {}
+    fields = {"router_jitter_noise": 0.1} | config_fields if kind == "ours" else {}
     args = arguments(
         output_dir,
         scope="moe",
@@ -137,6 +156,12 @@ def main(folder: Path) -> None:
     results: dict[str, Any] = {}
     for kind in KINDS:
         results[f"four_steps_{kind}"] = four_steps(kind, folder / f"four_{kind}", per_device_batch=4)
+    for name, fields in (("biased", BIASED), ("global_batch", GLOBAL_BATCH)):
+        results[name] = four_steps("ours", folder / name, per_device_batch=4, **fields)
+    results["biased_accumulated"] = four_steps(
+        "ours", folder / "biased_2", per_device_batch=2, accumulation=2, **BIASED
+    )
+    results["biases"] = of_all_processes(correction_biases(results["biased"]["weights"]))
     results["four_steps_accumulated"] = four_steps("ours", folder / "four_2", per_device_batch=2, accumulation=2)
     for accumulation in (1, 4):
         results[f"router_{accumulation}"] = router_loss_gradient(

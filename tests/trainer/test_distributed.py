@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.trainer.runs import KINDS, four_steps, router_loss_gradient
+from tests.trainer.runs import BIASED, GLOBAL_BATCH, KINDS, correction_biases, four_steps, router_loss_gradient
 
 
 ROOT = Path(__file__).parents[2]
@@ -68,3 +68,29 @@ def test_resume_in_two_processes_is_bitwise(results):
     (weights, losses), (weights_again, losses_again) = results["resume"]
     assert losses == losses_again
     assert all(torch.equal(weights_again[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("run", ["biased", "biased_accumulated"])
+def test_correction_biases_of_two_processes_are_those_of_one(run, results, tmp_path):
+    two, one = results[run], four_steps("ours", tmp_path, per_device_batch=8, **BIASED)
+    assert (two["num_processes"], one["num_processes"]) == (2, 1)
+    biases = correction_biases(one["weights"])
+    assert len(biases) == 3 and all(bias.abs().max() > 0.01 for bias in biases.values())
+    assert all(torch.equal(two["weights"][name], bias) for name, bias in biases.items())
+    assert relative(two["weights"], one["weights"]) <= 2e-6
+
+
+def test_correction_biases_are_equal_in_all_processes(results):
+    first, second = results["biases"]
+    assert len(first) == 3
+    assert all(torch.equal(second[name], bias) for name, bias in first.items())
+
+
+def test_global_batch_loss_of_two_processes_is_that_of_one(results, tmp_path):
+    two, one = results["global_batch"], four_steps("ours", tmp_path / "one", per_device_batch=8, **GLOBAL_BATCH)
+    assert (two["num_processes"], one["num_processes"]) == (2, 1)
+    assert relative(two["gradients"], one["gradients"]) <= 1e-6
+    assert relative(two["weights"], one["weights"]) <= 2e-6
+    # Statistics of each half alone are something else.
+    local = four_steps("ours", tmp_path / "local", per_device_batch=4, accumulation=2, router_aux_loss_coef=1.0)
+    assert relative(local["gradients"], one["gradients"]) > 1e-3

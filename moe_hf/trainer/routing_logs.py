@@ -1,0 +1,30 @@
+"""What the routers did between two logs of a run: their losses and figures, averaged."""
+
+from collections.abc import Mapping
+
+import torch
+
+
+class RoutingLogs:
+    """Collects `router_losses` and `router_stats` of forward passes without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, outputs: object) -> None:
+        """Add one micro-batch; outputs without these fields, as of other models, add nothing."""
+        if not isinstance(outputs, Mapping):
+            return
+        for field in ("router_losses", "router_stats"):
+            for name, value in (outputs.get(field) or {}).items():
+                # Data-parallel replicas return one value each.
+                value = value.detach().float().mean()
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+                self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """The means over micro-batches by name, and start anew."""
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means
