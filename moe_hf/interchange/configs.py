@@ -74,19 +74,24 @@ def native_config(config: MoEConfig, target: str) -> PreTrainedConfig:
     """
     native = _to_native(config, target)
     family, dense = FAMILIES[target], config.text_config.model_type
-    back = _to_ours(native, family, dense, zero_shared=config.shared_expert_intermediate_size == 0).to_dict()
+    facts = {
+        "zero_shared": config.shared_expert_intermediate_size == 0,
+        "zero_bias": config.balance_strategy != "bias",
+    }
+    back = _to_ours(native, family, dense, **facts).to_dict()
     carried = _difference(config.to_dict(), back)
     carried["text_config"] = {"model_type": dense, **_difference(config.text_config.to_dict(), back["text_config"])}
     setattr(native, CARRIED, carried)
     return native
 
 
-def moe_config(native: PreTrainedConfig, *, zero_shared: bool) -> MoEConfig:
+def moe_config(native: PreTrainedConfig, *, zero_shared: bool, zero_bias: bool) -> MoEConfig:
     """Our config for a model of a native config.
 
     Args:
         native (`PreTrainedConfig`): of a family in `FAMILIES`.
         zero_shared (`bool`): whether its shared expert is all zeros.
+        zero_bias (`bool`): whether the biases that its routers add for choosing only are all zeros.
 
     Raises:
         MoEError: it cannot be said without loss; naming the fields that would change.
@@ -100,7 +105,7 @@ def moe_config(native: PreTrainedConfig, *, zero_shared: bool) -> MoEConfig:
     reasons = []
     for dense, extra in attempts:
         try:
-            config = _to_ours(native, family, dense, zero_shared=zero_shared, carried=extra)
+            config = _to_ours(native, family, dense, zero_shared=zero_shared, zero_bias=zero_bias, carried=extra)
             reasons.append(_lost(native, config) or next(_reasons(config, native.model_type), None))
         except (ValueError, TypeError, StrictDataclassError) as error:
             reasons.append(str(error))
@@ -175,6 +180,14 @@ def _reasons_of_routing(config: MoEConfig, family: Family) -> Iterator[str]:
         yield "norm_topk_prob=False, and it always divides the weights of a token by their sum"
     if family.routed_scaling_factor is None and config.routed_scaling_factor != 1:
         yield f"routed_scaling_factor={config.routed_scaling_factor}, and it has no such factor"
+    if config.balance_strategy == "bias" and family.names.correction_bias is None:
+        yield "balance_strategy='bias', and its router has no bias for choosing"
+    if config.n_group is not None:
+        yield f"n_group={config.n_group}, and it is written without groups of experts"
+    if config.eval_capacity_factor is not None:
+        yield f"eval_capacity_factor={config.eval_capacity_factor}, and it serves every choice"
+    if config.router_noise == "learned":
+        yield "router_noise='learned', and its router has no weights for noise"
     if config.num_experts < family.least_experts:
         yield f"num_experts={config.num_experts}, and it needs {family.least_experts}"
 
@@ -236,7 +249,13 @@ def _to_native(config: MoEConfig, target: str) -> PreTrainedConfig:
 
 
 def _to_ours(
-    native: PreTrainedConfig, family: Family, dense: str, *, zero_shared: bool, carried: dict[str, Any] | None = None
+    native: PreTrainedConfig,
+    family: Family,
+    dense: str,
+    *,
+    zero_shared: bool,
+    zero_bias: bool,
+    carried: dict[str, Any] | None = None,
 ) -> MoEConfig:
     twin = family.twins[dense]
     width = getattr(native, family.width)
@@ -256,6 +275,7 @@ def _to_ours(
         "output_router_logits": native.output_router_logits,
         "norm_topk_prob": True if family.norm_topk_prob is None else getattr(native, family.norm_topk_prob),
         "scoring_func": _scoring(native, family),
+        "balance_strategy": "loss" if zero_bias else "bias",
     }
     if family.routed_scaling_factor is not None:
         fields["routed_scaling_factor"] = getattr(native, family.routed_scaling_factor)

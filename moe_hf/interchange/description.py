@@ -25,7 +25,8 @@ class Names:
             tensors are one, and one name for gate and up says that each expert has the two in one.
         shared: gate, up and down projection of the shared expert, if the family can have one.
         shared_gate: the (1, D) weight of the shared expert's gate, if it has one.
-        correction_bias: a bias that is added to the scores for choosing only. Our router has none: it is zero.
+        correction_bias: a bias that is added to the scores for choosing only; zero for a model
+            without one.
     """
 
     router: str

@@ -123,6 +123,8 @@ def _block(config: MoEConfig, family: Family, block: str, ours: dict[str, Tensor
     """Pairs of a native name within the layer and the span that comes next in it."""
     names = family.names
     yield names.router, _whole(f"{block}.gate.weight", ours)
+    if config.balance_strategy == "bias":
+        yield names.correction_bias, _whole(f"{block}.gate.e_score_correction_bias", ours)
     first, last = f"{block}.experts.gate_up_proj", f"{block}.experts.down_proj"
     half = _size(ours[first]) // (2 * config.num_experts)
     whole = _size(ours[last]) // config.num_experts
@@ -140,7 +142,8 @@ def _block(config: MoEConfig, family: Family, block: str, ours: dict[str, Tensor
 
 def _zeros(config: MoEConfig, family: Family) -> list[str]:
     """Native names within a layer that our model has no numbers for."""
-    names, zeros = family.names, [family.names.correction_bias]
+    names = family.names
+    zeros = [] if config.balance_strategy == "bias" else [names.correction_bias]
     if not config.shared_expert_intermediate_size and family.shared is not None and family.shared.least:
         zeros += [*names.shared, names.shared_gate]
     return [name for name in zeros if name is not None]

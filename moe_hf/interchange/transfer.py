@@ -14,7 +14,6 @@ from transformers.utils import logging
 
 from moe_hf.errors import MoEError
 from moe_hf.interchange.configs import check_importable, choose_target, moe_config, native_config, warnings_for
-from moe_hf.interchange.description import Family
 from moe_hf.interchange.families import FAMILIES
 from moe_hf.interchange.plan import Plan, Span, inverse, make_exchange
 from moe_hf.modeling.configuration_moe import MoEConfig
@@ -112,7 +111,9 @@ def import_native(
     check_importable(native.model_type)
     family = FAMILIES[native.model_type]
     with CheckpointReader(source) as reader, atomic_folder(output_dir) as folder:
-        config = moe_config(native, zero_shared=_shared_is_zero(reader, family))
+        names = family.names
+        zero_shared = _are_zero(reader, *(names.shared or ()), names.shared_gate)
+        config = moe_config(native, zero_shared=zero_shared, zero_bias=_are_zero(reader, names.correction_bias))
         exchange = make_exchange(config, native, family)
         _check_names(reader, exchange.native_tensors)
         for name in (name for name, spans in exchange.plan.items() if not spans):
@@ -171,10 +172,10 @@ def _check_names(reader: CheckpointReader, expected: dict[str, TensorSpec]) -> N
             )
 
 
-def _shared_is_zero(reader: CheckpointReader, family: Family) -> bool:
-    """Whether the shared experts of a native checkpoint, and their gates, are all zeros."""
-    parts = tuple(f".{name}" for name in (*(family.names.shared or ()), family.names.shared_gate) if name)
-    return not any(bool(reader.read(name).any()) for name in reader.tensors if parts and name.endswith(parts))
+def _are_zero(reader: CheckpointReader, *names: str | None) -> bool:
+    """Whether the tensors of these names, in all layers, are all zeros."""
+    ends = tuple(f".{name}" for name in names if name is not None)
+    return not any(bool(reader.read(name).any()) for name in reader.tensors if ends and name.endswith(ends))
 
 
 def _tell_older_readers(config_file: Path) -> None:

@@ -103,6 +103,14 @@ REFUSED = {
     "sigmoid-mixtral": Case("llama", "mixtral", moe=SIGMOID, says="scoring_func='sigmoid'"),
     "softmax-glm4_moe": Case("llama", "glm4_moe", says="scoring_func='softmax'"),
     "scale-mixtral": Case("llama", "mixtral", moe={"routed_scaling_factor": 2.0}, says="no such factor"),
+    "bias-mixtral": Case("llama", "mixtral", moe={"balance_strategy": "bias"}, says="no bias for choosing"),
+    "groups-glm4": Case("llama", "glm4_moe", moe=SIGMOID | {"n_group": 2, "topk_group": 1}, says="n_group=2"),
+    "learned-noise-mixtral": Case(
+        "llama",
+        "mixtral",
+        moe={"router_noise": "learned", "router_noise_affects": "both"},
+        says="no weights for noise",
+    ),
     "not-normalised-mixtral": Case("llama", "mixtral", moe={"norm_topk_prob": False}, says="norm_topk_prob=False"),
     "not-normalised-granitemoe": Case("granite", "granitemoe", moe={"norm_topk_prob": False}, says="always divides"),
     "not-normalised-softmax-cohere2_moe": Case(

@@ -14,9 +14,11 @@ from moe_hf.interchange import exact_targets, export_native, import_native
 from moe_hf.interchange.configs import warnings_for
 from moe_hf.interchange.description import UNUSED
 from moe_hf.interchange.families import FAMILIES, WITHOUT_TARGET, WITHOUT_TWIN
+from moe_hf.modeling.routers import ROUTERS
+from moe_hf.modeling.routing import RouterSpec
 from moe_hf.saving import verify_manifest
 from tests.interchange.cases import GATED, REFUSED, SIGMOID, Case, upcycled
-from tests.tiny_models import tiny_config, tiny_dense
+from tests.tiny_models import random_ids, tiny_config, tiny_dense
 
 
 def moe_config(case: Case) -> moe_hf.MoEConfig:
@@ -102,7 +104,7 @@ def test_config_alone_says_what_is_exact():
 
 
 def test_own_routing_function_has_no_native_counterpart(monkeypatch):
-    monkeypatch.setitem(moe_hf.modeling.routing.ROUTERS, "mine", lambda logits, context: None)
+    monkeypatch.setitem(ROUTERS, "mine", RouterSpec(lambda logits, context: None))
     config = moe_config(Case("llama", "mixtral", moe={"router_type": "mine"}))
     assert set(map(bool, exact_targets(config).values())) == {True}
     assert "router_type='mine'" in exact_targets(config)["mixtral"]
@@ -178,7 +180,7 @@ def test_what_our_model_has_no_place_for_is_not_dropped(target, fields, says, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_bias_for_choosing_that_is_not_zero_is_refused(tmp_path):
+def test_bias_for_choosing_is_ours_where_it_is_not_zero(tmp_path):
     upcycled(Case("llama", "glm4_moe", moe=SIGMOID))[1].save_pretrained(tmp_path / "ours")
     native = export_native(tmp_path / "ours", tmp_path / "native", "glm4_moe")
     tensors = load_file(native / "model.safetensors")
@@ -186,8 +188,14 @@ def test_bias_for_choosing_that_is_not_zero_is_refused(tmp_path):
     assert tensors[name].dtype == torch.float32
     tensors[name][2] = 0.5
     save_file(tensors, native / "model.safetensors", {"format": "pt"})
-    with pytest.raises(MoEError, match=f"{name} .*is not zero"):
-        import_native(native, tmp_path / "out")
+    back = import_native(native, tmp_path / "back")
+    assert moe_hf.MoEConfig.from_pretrained(back).balance_strategy == "bias"
+    again = load_file(export_native(back, tmp_path / "again", "glm4_moe") / "model.safetensors")
+    assert again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in again)
+    ids = random_ids()
+    with torch.no_grad():
+        expected, actual = (AutoModelForCausalLM.from_pretrained(f)(ids).logits for f in (native, back))
+    assert float((actual - expected).norm() / expected.norm()) <= 1e-6
 
 
 def test_shared_expert_of_zeros_is_dropped_only_where_an_export_would_add_it_again(tmp_path):
@@ -267,10 +275,12 @@ def test_every_field_of_our_config_is_thought_of():
         "text_config router_type router_kwargs num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob "
     )
     computed += "scoring_func routed_scaling_factor shared_expert_intermediate_size shared_expert_gate "
-    computed += "first_k_dense_replace decoder_sparse_step mlp_only_layers"
-    others = (
-        "router_aux_loss_coef router_z_loss_coef router_jitter_noise output_router_logits upcycling format_version"
-    )
+    computed += "first_k_dense_replace decoder_sparse_step mlp_only_layers n_group topk_group balance_strategy "
+    computed += "eval_capacity_factor router_noise"
+    others = "router_aux_loss_coef router_z_loss_coef router_jitter_noise output_router_logits upcycling format_version "
+    others += "bias_update_rate balance_loss_scope router_loss_coefs router_loss_kwargs router_noise_scale "
+    others += "router_noise_affects capacity_factor min_expert_capacity overflow_policy capacity_order "
+    others += "allow_noncausal_routing"
     assert own == set(computed.split()) | set(others.split())
 
 

@@ -44,6 +44,7 @@ INITS = {
     "split, k-means": Split(by="kmeans"),
 }
 FIELDS = {
+    "bias and learned noise": {"balance_strategy": "bias", "router_noise": "learned", "router_noise_affects": "both"},
     "shared expert": {"shared_expert_intermediate_size": 88, "shared_expert_gate": True, "shared_share": 0.25},
     "narrow shared expert, noise": {"shared_expert_intermediate_size": 40, "noise": 0.1},
     "first layer dense": {"first_k_dense_replace": 1, "noise": 0.05},

@@ -118,6 +118,9 @@ class WeightStream:
         )
         small = {"gate.weight": method.router_rows(sites[0], config, hidden)}
         module = self.moe.base_model.get_submodule(sites[0].block)
+        # What a router has besides its weight starts at zero, as in memory.
+        others = {name: tensor for name, tensor in module.gate.state_dict().items() if name != "weight"}
+        small |= {f"gate.{name}": torch.zeros(tensor.shape) for name, tensor in others.items()}
         if module.shared_expert_gate is not None:
             small["shared_expert_gate.weight"] = torch.zeros(module.shared_expert_gate.weight.shape)
         small |= self._activation(sites)
