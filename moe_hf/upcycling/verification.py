@@ -62,7 +62,7 @@ def verification_inputs(vocab_size: int, seed: int, max_length: int | None = Non
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """||actual - expected|| / ||expected|| in float64; not finite values give infinity."""
-    actual, expected = actual.double(), expected.double()
+    actual, expected = actual.detach().double(), expected.detach().double()
     error = float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
     return error if error == error else float("inf")
 
