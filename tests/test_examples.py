@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.tiny_models import tiny_dense
+from examples import convolution_expert  # noqa: F401 - importing it registers the expert
+from moe_hf import MoEConfig, MoEForCausalLM
+from tests.tiny_models import random_ids, tiny_config, tiny_dense
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -53,3 +56,9 @@ def test_04_loaded_model_equals_the_saved_one():
     assert "model.safetensors" in output
     assert "modeling_moe.py" in output
     assert float(re.search(r"loading: (\S+)", output).group(1)) <= 1e-6
+
+
+def test_the_convolution_expert_can_be_chosen():
+    assert run("convolution_expert.py") == ""
+    config = MoEConfig(text_config=tiny_config("llama"), num_experts=4, extra_experts=["causal_convolution"])
+    assert torch.isfinite(MoEForCausalLM(config)(random_ids()).logits).all()

@@ -34,7 +34,8 @@ def fill_blocks(dense_base: nn.Module, moe_base: nn.Module, config: MoEConfig, m
         for name, tensor in block_tensors(recipes, shared, config, site).items():
             _fill(block.get_parameter(name), tensor, pieces)
         if block.shared_expert_gate is not None:
-            nn.init.zeros_(block.shared_expert_gate.weight)
+            for parameter in block.shared_expert_gate.parameters():
+                nn.init.zeros_(parameter)
         _copy_activation(activation_of(holder, site), block)
         generator = random_generator(method.seed, site.layer_index, "router")
         rows = torch.randn(block.gate.weight.shape, generator=generator, dtype=torch.float32)

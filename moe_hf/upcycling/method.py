@@ -53,6 +53,17 @@ class UpcyclingMethod:
         Raises:
             MoEError: with what to change.
         """
+        if config.num_moe_heads > 1:
+            raise MoEError(
+                f"num_moe_heads={config.num_moe_heads} routes parts of tokens, and no dense MLP has experts of that width: "
+                "the logits would differ from the dense model's. Train such a model from the start, or leave it out."
+            )
+        for name in ("expert_intermediate_sizes", "extra_experts"):
+            if getattr(config, name):
+                raise MoEError(
+                    f"{name} gives experts that are not the dense MLP, so the logits would differ from the dense model's. "
+                    "Train such a model from the start, or leave it out."
+                )
         self.init.check(config)
         resolution = torch.finfo(dtype).eps
         if 0 < self.noise < resolution:
@@ -76,6 +87,8 @@ class UpcyclingMethod:
         shared, share = self._shared(site, config)
         # A token's weights sum to the routed_scaling_factor, and each expert of a group of shards has a part of them.
         scale = share / config.routed_scaling_factor
+        if config.shared_expert_gate == "softmax":
+            scale *= 2  # two coefficients of zeros are 0.5 each
         experts = [
             replace(
                 recipe,
@@ -84,7 +97,9 @@ class UpcyclingMethod:
                 noise=self.noise,
                 key=(self.seed, site.layer_index, expert),
             )
-            for expert, recipe in enumerate(self.init.experts(layer, config))
+            for expert, recipe in enumerate(
+                self.init.experts(layer, config)[: config.experts_of_layer(site.layer_index)]
+            )
         ]
         return experts, shared
 

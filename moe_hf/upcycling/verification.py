@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from moe_hf.modeling.configuration_moe import MoEError
+from moe_hf.modeling.routing_ids import example_ids
 
 
 EXACT_TOLERANCE = 1e-5
@@ -59,7 +60,8 @@ def _logits(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     was_training = model.training
     model.eval()
     try:
-        return model(input_ids=inputs.to(model.device), use_cache=False).logits.cpu()
+        ids = example_ids(model.config, len(inputs), model.device)
+        return model(input_ids=inputs.to(model.device), use_cache=False, **ids).logits.cpu()
     finally:
         model.train(was_training)
 
