@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moe_hf.errors import MoEError
+from moe_hf.modeling.routing_ids import ID_ARGUMENTS, example_ids
 
 
 BUILTIN_CORPUS = "builtin"
@@ -48,8 +49,8 @@ def load_text(source: str = BUILTIN_CORPUS, *, split: str = "train", text_column
         source (`str`): `"builtin"` (see `builtin_corpus`), a file or folder (.txt, .md, .py: one document per file;
             .jsonl, .json, .csv, .parquet: one document per row), or the name of a dataset on the Hub.
         split (`str`): split of a Hub dataset.
-        text_column (`str`): column that holds the text of tabular data; `domain` and `document` columns are kept
-            where present, otherwise the domain is the first sub-folder (or `"text"`) and each row is a document.
+        text_column (`str`): column that holds the text of tabular data; `domain`, `document` and id columns
+            (`task_ids`, ...) are kept where present, otherwise the domain is the first sub-folder (or `"text"`) and each row is a document.
 
     Raises:
         MoEError: nothing to read, a missing column, or text that is empty or not UTF-8, naming the file.
@@ -163,6 +164,7 @@ def _as_documents(rows: Dataset | DatasetDict, text_column: str, name: str, doma
         columns["document"] = [str(x) for x in rows["document"]]
     else:
         columns["document"] = [f"{name}:{i}" for i in range(len(rows))]
+    columns |= {name: list(rows[name]) for name in ID_ARGUMENTS if name in rows.column_names}
     return Dataset.from_dict(columns)
 
 
@@ -203,6 +205,9 @@ def tokenize_and_pack(
 ) -> Dataset:
     """Tokenise documents, close each with the end-of-text token, and cut blocks of `block_size` tokens.
 
+    Columns that hold an id per document for the routers (`task_ids`, `language_ids`, `modality_ids`) become columns with
+    the id of each token, `(block_size,)`.
+
     Packed: documents follow each other; rows have `input_ids`, `labels`, `position_ids`, all `(block_size,)`.
     `position_ids` restart at 0 where a document or a block begins; `labels` (shifted by the model) are -100 at a
     document's first token, which nothing before it may predict. The last tokens, fewer than a block, are dropped.
@@ -210,7 +215,7 @@ def tokenize_and_pack(
     families that `check_packing` refuses.
 
     Raises:
-        MoEError: `block_size` below 2, no end-of-text token, less than one block of text, or no pad token to pad with.
+        MoEError: `block_size` below 2, an id that is no whole number, no end-of-text token, less than one block of text, or no pad token to pad with.
     """
     if block_size < 2:
         raise MoEError(f"block_size={block_size}: a block needs at least 2 tokens.")
@@ -218,8 +223,21 @@ def tokenize_and_pack(
         raise MoEError("The tokenizer has no eos_token: set tokenizer.eos_token, it marks where a document ends.")
     documents = list(_token_ids(dataset["text"], tokenizer))
     columns = _packed(documents, block_size) if packed else _padded(documents, block_size, tokenizer)
+    for name in set(ID_ARGUMENTS).intersection(dataset.column_names):
+        ids = _ids_of_tokens(dataset[name], documents, name)
+        columns[name] = _packed(ids, block_size)["input_ids"] if packed else _padded_rows(ids, block_size, 0)[0]
     features = Features({name: List(Value("int32")) for name in columns})
     return Dataset.from_dict(columns, features=features).with_format("torch")
+
+
+def _ids_of_tokens(ids: Sequence[int], documents: list[np.ndarray], name: str) -> list[np.ndarray]:
+    """The id of each document once per token."""
+    wrong = next((i for i, id_ in enumerate(ids) if type(id_) is not int), None)
+    if wrong is not None:
+        raise MoEError(
+            f"{name} of document {wrong} is {ids[wrong]!r}; it must be a whole number, as of every document."
+        )
+    return [np.full(len(document), id_, dtype=np.int32) for document, id_ in zip(documents, ids, strict=True)]
 
 
 def _packed(documents: list[np.ndarray], block_size: int) -> dict[str, np.ndarray]:
@@ -243,13 +261,19 @@ def _packed(documents: list[np.ndarray], block_size: int) -> dict[str, np.ndarra
 def _padded(documents: list[np.ndarray], block_size: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.ndarray]:
     if tokenizer.pad_token_id is None:
         raise MoEError("The tokenizer has no pad_token: set tokenizer.pad_token, or pack documents.")
+    ids, is_token = _padded_rows(documents, block_size, tokenizer.pad_token_id)
+    labels = np.where(is_token, ids, np.int32(IGNORED_LABEL))
+    return {"input_ids": ids, "labels": labels, "attention_mask": is_token.astype(np.int32)}
+
+
+def _padded_rows(documents: list[np.ndarray], block_size: int, padding: int) -> tuple[np.ndarray, np.ndarray]:
+    """Documents cut into rows of `block_size`, filled up with `padding`, and which places hold a token."""
     pieces = [ids[i : i + block_size] for ids in documents for i in range(0, len(ids), block_size)]
     lengths = np.array(list(map(len, pieces)))
     is_token = np.arange(block_size) < lengths[:, None]
-    ids = np.full(is_token.shape, tokenizer.pad_token_id, dtype=np.int32)
-    ids[is_token] = np.concatenate(pieces)
-    labels = np.where(is_token, ids, np.int32(IGNORED_LABEL))
-    return {"input_ids": ids, "labels": labels, "attention_mask": is_token.astype(np.int32)}
+    rows = np.full(is_token.shape, padding, dtype=np.int32)
+    rows[is_token] = np.concatenate(pieces)
+    return rows, is_token
 
 
 def _token_ids(
@@ -299,8 +323,9 @@ def check_packing(model: PreTrainedModel, length: int = 6) -> float:
     ids = torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(0)).to(model.device)
     positions = torch.arange(length, device=model.device)[None]
     try:
-        alone = model(input_ids=ids[1:], position_ids=positions, use_cache=False).logits.float()
-        packed = model(input_ids=ids.view(1, -1), position_ids=positions.repeat(1, 2), use_cache=False).logits.float()
+        more = {"use_cache": False, **example_ids(model.config, 1, model.device)}
+        alone = model(input_ids=ids[1:], position_ids=positions, **more).logits.float()
+        packed = model(input_ids=ids.view(1, -1), position_ids=positions.repeat(1, 2), **more).logits.float()
     finally:
         model.train(training)
     difference = float((packed[:, length:] - alone).norm() / alone.norm())

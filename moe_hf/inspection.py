@@ -13,16 +13,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning import SCOPES, find_moe_blocks, scope_parameter_names
+from moe_hf.modeling.segment_merge import SEGMENT_LENGTH
 
 
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
 EXPERTS_PER_TOKEN_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 ROUTING_FIELDS = (
     "router_type",
+    "router_arch",
     "scoring_func",
     "norm_topk_prob",
     "routed_scaling_factor",
     "moe_intermediate_size",
+    "num_moe_heads",
     "shared_expert_intermediate_size",
     "router_aux_loss_coef",
     "router_z_loss_coef",
@@ -100,7 +103,7 @@ def inspect_model(model: PreTrainedModel | str | Path) -> ModelFacts:
     parts = _parameter_parts(model)
     sizes = {parameter: tensor.numel() for parameter, tensor in model.named_parameters()}
     per_part = {PART_LABELS[part]: sum(sizes[p] for p in names) for part, names in parts.items() if names}
-    idle = _idle_shares(model)
+    used = _used_shares(model)
     total = sum(sizes.values())
     blocks = find_moe_blocks(model)
     config = model.config.get_text_config()
@@ -110,7 +113,7 @@ def inspect_model(model: PreTrainedModel | str | Path) -> ModelFacts:
         num_layers=config.num_hidden_layers,
         num_moe_layers=len(blocks),
         total_parameters=total,
-        active_parameters=total - round(sum(sizes[parameter] * share for parameter, share in idle.items())),
+        active_parameters=total - round(sum(sizes[name] * max(0.0, 1 - share) for name, share in used.items())),
         embedding_parameters=per_part.get(PART_LABELS["embeddings"], 0),
         parameters_per_part=per_part,
         num_experts=max((_num_experts(block) for block in blocks.values()), default=0),
@@ -119,7 +122,7 @@ def inspect_model(model: PreTrainedModel | str | Path) -> ModelFacts:
         if blocks
         else {},
         memory_bytes={dtype: round(total * size) for dtype, size in BYTES_PER_PARAMETER.items()},
-        flops_per_token=_flops_per_token(model, idle),
+        flops_per_token=_flops_per_token(model, used),
         upcycling=getattr(config, "upcycling", None),
     )
 
@@ -202,23 +205,30 @@ def _experts_per_token(config: PreTrainedConfig) -> int:
     )
 
 
-def _idle_shares(model: PreTrainedModel) -> dict[str, float]:
-    """The share of each routed expert's parameter that one token does not use, 1 - K / E, by parameter name."""
-    shares = {}
+def _used_shares(model: PreTrainedModel) -> dict[str, float]:
+    """The share of each routed expert's parameter that one token uses, by name: K / E, of each of its sub-tokens."""
+    config, shares = model.config.get_text_config(), {}
     for block_name, block in find_moe_blocks(model).items():
-        share = 1 - min(_experts_per_token(model.config.get_text_config()), _num_experts(block)) / _num_experts(block)
+        share = min(_experts_per_token(config), _num_experts(block)) / _num_experts(block)
+        share *= getattr(config, "num_moe_heads", 1)
         prefix = f"{block_name}.experts." if block_name else "experts."
         shares |= {f"{prefix}{name}": share for name, _ in block.experts.named_parameters()}
     return shares
 
 
-def _flops_per_token(model: PreTrainedModel, idle: dict[str, float]) -> int:
-    """Two per weight of each matrix that a token is multiplied with; embeddings are looked up, not multiplied."""
+def _flops_per_token(model: PreTrainedModel, used: dict[str, float]) -> int:
+    """Two per weight of each matrix that a token is multiplied with; embeddings are looked up, not multiplied.
+
+    Where experts are merged, a token runs through one, and each weight of all is added to it once per segment.
+    """
+    if getattr(model.config, "router_type", None) == "segment_merge":
+        length = model.config.router_kwargs.get("segment_length", SEGMENT_LENGTH)
+        used = dict.fromkeys(used, 1 / model.config.num_experts + 1 / length)
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     flops = 0.0
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2 and not name.endswith("_bias") and id(parameter) not in looked_up:
-            flops += 2 * parameter.numel() * (1 - idle.get(name, 0.0))
+            flops += 2 * parameter.numel() * used.get(name, 1.0)
     head = model.get_output_embeddings()
     if head is not None and id(head.weight) in looked_up:
         flops += 2 * head.weight.numel()

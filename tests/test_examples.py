@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.tiny_models import tiny_dense
+from examples import convolution_expert  # noqa: F401 - importing it registers the expert
+from moe_hf import MoEConfig, MoEForCausalLM
+from tests.tiny_models import random_ids, tiny_config, tiny_dense
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -88,3 +91,9 @@ def test_08_mixed_specialists_know_what_both_know():
         assert rows[name][domain] < rows["base"][domain]
     assert rows["mix, untrained"][-1] < rows["base"][-1]
     assert rows["mix, trained on both"][-1] < min(rows["code specialist"][-1], rows["prose specialist"][-1])
+
+
+def test_the_convolution_expert_can_be_chosen():
+    assert run("convolution_expert.py") == ""
+    config = MoEConfig(text_config=tiny_config("llama"), num_experts=4, extra_experts=["causal_convolution"])
+    assert torch.isfinite(MoEForCausalLM(config)(random_ids()).logits).all()

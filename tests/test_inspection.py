@@ -44,6 +44,20 @@ def test_one_expert_costs_the_dense_arithmetic_and_its_router():
     assert single.flops_per_token - dense.flops_per_token == 2 * 3 * 4 * 48
 
 
+def arithmetic(**fields) -> int:
+    return inspect_model(
+        MoEForCausalLM(MoEConfig(text_config=tiny_config("llama"), num_experts=8, **fields))
+    ).flops_per_token
+
+
+def test_sub_tokens_use_their_experts_one_by_one_and_a_merged_expert_costs_its_merging():
+    plain, matrices = arithmetic(), 3 * 48 * 88
+    # Three layers with two projections more; two experts for each of three sub-tokens, a third as wide; a router too.
+    assert arithmetic(num_moe_heads=3) - plain == 2 * 3 * (2 * 48 * 48 - 8 * 48 * 2 // 3)
+    merged = arithmetic(router_type="segment_merge", num_experts_per_tok=8, router_kwargs={"segment_length": 32})
+    assert merged - plain == 2 * 3 * (matrices + matrices * 8 / 32 - 2 * matrices)
+
+
 def test_memory_follows_the_dtype():
     facts = inspect_model(tiny_dense("llama"))
     assert facts.memory_bytes["float32"] == 4 * facts.total_parameters

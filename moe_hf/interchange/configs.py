@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from moe_hf.errors import MoEError
 from moe_hf.interchange.description import UNUSED, Family, Twin, dense_layers
 from moe_hf.interchange.families import FAMILIES, WITHOUT_TARGET, WITHOUT_TWIN
+from moe_hf.modeling.config_checks import beyond_plain_blocks
 from moe_hf.modeling.configuration_moe import MoEConfig
 
 
@@ -169,8 +170,10 @@ def _reasons_of_dense(dense: PreTrainedConfig, twin: Twin, target: str) -> Itera
 
 
 def _reasons_of_routing(config: MoEConfig, family: Family) -> Iterator[str]:
-    if config.router_type != "top_k" or config.router_kwargs:
-        yield f"router_type={config.router_type!r} {config.router_kwargs or ''}, and it routes by top_k"
+    for field in beyond_plain_blocks(config):
+        yield f"{field}, and it has equal experts behind a linear router that chooses the top K for each token"
+    if config.router_kwargs:
+        yield f"router_kwargs={config.router_kwargs}, and it routes by plain top_k"
     if config.scoring_func not in family.scoring:
         yield f"scoring_func={config.scoring_func!r}, and its router takes {' or '.join(family.scoring)}"
     normalises = family.norm_topk_prob is None or (

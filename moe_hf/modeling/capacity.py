@@ -61,9 +61,14 @@ CAPACITY_CONVENTIONS: dict[str, CapacityConvention] = {
 }
 
 
-def expert_capacity(num_tokens: torch.Tensor, config: MoEConfig, factor: float) -> torch.Tensor:
-    """Slots of each expert in a group of `num_tokens` real tokens, in whole tokens, in the shape of `num_tokens`."""
-    share = num_tokens.float() * (factor * config.num_experts_per_tok / config.num_experts)
+def expert_capacity(
+    num_tokens: torch.Tensor, config: MoEConfig, factor: float, num_experts: int | None = None
+) -> torch.Tensor:
+    """Slots of each expert in a group of `num_tokens` real tokens, in whole tokens, in the shape of `num_tokens`.
+
+    `num_experts` is that of the layer, where layers differ.
+    """
+    share = num_tokens.float() * (factor * config.num_experts_per_tok / (num_experts or config.num_experts))
     # Less a millionth: 1.2 * 25 * 2 / 4 is a little more than 15 in float32.
     return torch.ceil(share * (1 - 1e-6)).long().clamp_min(config.min_expert_capacity)
 
@@ -75,13 +80,13 @@ def capacity_factor_in_force(context: RoutingContext) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Groups:
-    """The first and last token of each token's group, (T,); which tokens are real, (T,); the capacity there, (T,)."""
+class TokenGroups:
+    """The first and last token of each token's group, which tokens are real, and how many of its group are, (T,) each."""
 
     first: torch.Tensor
     last: torch.Tensor
     real: torch.Tensor
-    capacity: torch.Tensor
+    size: torch.Tensor
 
     def earlier(self, taken: torch.Tensor) -> torch.Tensor:
         """How many earlier tokens of the group ask for each expert, from who asks for what, both (T, E)."""
@@ -93,8 +98,14 @@ class _Groups:
         up_to = taken.cumsum(0)
         return up_to[self.last] - up_to[self.first] + taken[self.first].long()
 
+    def ranking(self, scores: torch.Tensor) -> torch.Tensor:
+        """The tokens group by group, best first, for each column of `scores` (T, N); earlier ones first among equals."""
+        best_first = scores.argsort(dim=0, descending=True, stable=True)
+        return best_first.gather(0, self.first[best_first].argsort(dim=0, stable=True))
 
-def _groups(context: RoutingContext, num_tokens: int, device: torch.device, factor: float) -> _Groups:
+
+def token_groups(context: RoutingContext, num_tokens: int, device: torch.device) -> TokenGroups:
+    """The sequences of a pass, or the documents of packed ones, as groups of its T tokens."""
     ids = context.document_ids
     if ids is None:
         ids = torch.arange(num_tokens, device=device) // context.sequence_length
@@ -104,7 +115,7 @@ def _groups(context: RoutingContext, num_tokens: int, device: torch.device, fact
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.bool()
     up_to = real.cumsum(0)
     size = up_to[last] - up_to[first] + real[first].long()
-    return _Groups(first, last, real, expert_capacity(size, context.config, factor))
+    return TokenGroups(first, last, real, size)
 
 
 def fit_capacity(
@@ -125,12 +136,18 @@ def fit_capacity(
         The choices and which of them have a slot, (T, K) each. Padding takes no slot and loses none.
     """
     factor = capacity_factor_in_force(context)
-    groups = _groups(context, len(scores), scores.device, factor)
+    groups = token_groups(context, len(scores), scores.device)
+    capacity = expert_capacity(groups.size, context.config, factor, scores.shape[-1])[:, None]
     if context.config.overflow_policy == "reroute":
-        return _reroute(top_k_index, scores, groups)
+        return _reroute(top_k_index, scores, groups, capacity)
     asks = groups.real[:, None].expand(top_k_index.shape) if wanted is None else wanted & groups.real[:, None]
-    place = _choice_major_places if context.config.capacity_order == "choice_major" else _token_major_places
-    kept = place(top_k_index, asks, scores.shape[-1], groups) < groups.capacity[:, None]
+    order = context.config.capacity_order
+    if order == "batch_prioritized":
+        places = _prioritized_places(top_k_index, asks, scores, groups)
+    else:
+        place = _choice_major_places if order == "choice_major" else _token_major_places
+        places = place(top_k_index, asks, scores.shape[-1], groups)
+    kept = places < capacity
     return top_k_index, kept if wanted is None else kept & wanted
 
 
@@ -140,12 +157,12 @@ def _asked(top_k_index: torch.Tensor, asks: torch.Tensor, num_experts: int) -> t
     return table.scatter(1, top_k_index, asks)
 
 
-def _token_major_places(top_k_index, asks, num_experts, groups: _Groups) -> torch.Tensor:
+def _token_major_places(top_k_index, asks, num_experts, groups: TokenGroups) -> torch.Tensor:
     """The place of each choice in its expert's queue, from 0, (T, K), when tokens queue one after the other."""
     return groups.earlier(_asked(top_k_index, asks, num_experts)).gather(1, top_k_index)
 
 
-def _choice_major_places(top_k_index, asks, num_experts, groups: _Groups) -> torch.Tensor:
+def _choice_major_places(top_k_index, asks, num_experts, groups: TokenGroups) -> torch.Tensor:
     """The same when all first choices of a group queue before all second ones."""
     places, queued = [], 0
     for index, ask in zip(top_k_index.split(1, dim=1), asks.split(1, dim=1), strict=True):
@@ -155,7 +172,20 @@ def _choice_major_places(top_k_index, asks, num_experts, groups: _Groups) -> tor
     return torch.cat(places, 1)
 
 
-def _reroute(top_k_index: torch.Tensor, scores: torch.Tensor, groups: _Groups) -> tuple[torch.Tensor, torch.Tensor]:
+def _prioritized_places(top_k_index, asks, scores: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
+    """The same in choice-major order when tokens with a higher best score queue first: batch-prioritised routing.
+
+    Source: V-MoE, section 4.1 (https://huggingface.co/papers/2106.05974).
+    """
+    order = groups.ranking(scores.detach().amax(-1, keepdim=True)).squeeze(1)
+    # Tokens change places within their group alone, so its bounds stay.
+    places = _choice_major_places(top_k_index[order], asks[order], scores.shape[-1], groups)
+    return places[order.argsort()]
+
+
+def _reroute(
+    top_k_index: torch.Tensor, scores: torch.Tensor, groups: TokenGroups, capacity: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Each token in turn takes the K best experts that have a free slot, computed in rounds over all tokens at once.
 
     In each round tokens ask for the best experts that have not turned them down, and an expert turns down all but the
@@ -167,7 +197,7 @@ def _reroute(top_k_index: torch.Tensor, scores: torch.Tensor, groups: _Groups) -
     while True:
         asks = candidate.gather(1, top_k_index) & groups.real[:, None]  # (T, K)
         asked = _asked(top_k_index, asks, scores.shape[-1])
-        refused = asked & (groups.earlier(asked) >= groups.capacity[:, None])
+        refused = asked & (groups.earlier(asked) >= capacity)
         if not refused.any():
             return top_k_index, asks | ~groups.real[:, None]
         candidate = candidate & ~refused

@@ -4,17 +4,23 @@ Letters: E experts, K experts per token.
 """
 
 import math
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
 
 
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
 ROUTER_NOISES = ("none", "gaussian", "uniform", "gumbel", "learned")
 NOISE_AFFECTS = ("selection", "both")
 OVERFLOW_POLICIES = ("drop", "reroute")
-CAPACITY_ORDERS = ("token_major", "choice_major")
+CAPACITY_ORDERS = ("token_major", "choice_major", "batch_prioritized")
 BALANCE_STRATEGIES = ("loss", "bias")
 BALANCE_LOSS_SCOPES = ("micro_batch", "sequence", "global_batch")
 LOAD_ESTIMATORS = ("shazeer", "vmoe")
+# Routers whose weights are the scores themselves, unless `norm_topk_prob=True`.
+UNNORMALISED = ("top_p", "expert_choice", "expert_threshold", "bernoulli")
 # The losses that `router_loss_coefs` may name, and the keys of `router_loss_kwargs` that each reads.
 FURTHER_LOSSES: dict[str, tuple[str, ...]] = {
     "importance_loss": ("load_estimator",),
@@ -22,11 +28,28 @@ FURTHER_LOSSES: dict[str, tuple[str, ...]] = {
     "local_entropy_loss": (),
     "global_entropy_loss": ("global_entropy_min_experts",),
     "device_balance_loss": ("num_device_groups",),
+    "sparsity_loss": (),
+    "gate_variance_loss": (),
+    "policy_gradient_loss": (),
 }
 
 
 class MoEError(ValueError):
     """A user's mistake: says what was given, what is allowed, and what to do."""
+
+
+def raise_moe_errors(init):
+    """Re-raise the errors of strict dataclasses as `MoEError`, so that users catch one type."""
+
+    @wraps(init)
+    def wrapper(self, *args, **kwargs):
+        try:
+            init(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            cause = error.__cause__
+            raise (cause if isinstance(cause, MoEError) else MoEError(str(error))) from error
+
+    return wrapper
 
 
 def _check_member(config: Any, name: str, allowed: tuple[str, ...]) -> None:
@@ -103,8 +126,8 @@ def check_capacity(config: Any) -> None:
         return
     if not config.allow_noncausal_routing:
         raise MoEError(
-            "capacity_order='choice_major' lets a later token's first choice take the slot of an earlier token's "
-            "second one. Use 'token_major', or set allow_noncausal_routing=True."
+            f"capacity_order={config.capacity_order!r} lets a later token take the slot of an earlier one. Use "
+            "'token_major', or set allow_noncausal_routing=True."
         )
     if config.overflow_policy == "reroute":
         raise MoEError("overflow_policy='reroute' goes through the tokens in order: use capacity_order='token_major'.")
@@ -128,6 +151,11 @@ def check_balance(config: Any) -> None:
         if not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
             raise MoEError(f"router_loss_coefs[{name!r}] is {value!r}; it must be finite and at least 0.")
     known = {key for name in coefficients for key in FURTHER_LOSSES[name]}
+    if config.extra_experts:
+        known.add("extra_expert_penalty")
+        penalty = config.router_loss_kwargs.get("extra_expert_penalty", 1.0)
+        if not isinstance(penalty, int | float) or not (math.isfinite(penalty) and penalty > 0):
+            raise MoEError(f"extra_expert_penalty is {penalty!r}; it must be finite and above 0.")
     for key in config.router_loss_kwargs:
         if key not in known:
             raise MoEError(
@@ -151,6 +179,11 @@ def _check_loss_arguments(config: Any) -> None:
                 f"device_balance_loss: num_device_groups in router_loss_kwargs is {groups!r}; it must divide "
                 f"num_experts = {experts}."
             )
+    for name in ("sparsity_loss", "gate_variance_loss"):
+        if name in coefficients and config.scoring_func != "sigmoid":
+            raise MoEError(f"{name} is about gates that open independently: it needs scoring_func='sigmoid'.")
+    if "policy_gradient_loss" in coefficients:
+        _check_policy(config)
     if "load_loss" not in coefficients:
         return
     if config.router_noise not in ("gaussian", "learned") or config.router_noise_scale == 0:
@@ -160,3 +193,96 @@ def _check_loss_arguments(config: Any) -> None:
             "load_loss takes the chance to be among the K highest logits for the chance to be chosen: it goes with "
             "neither router_type='top_p', nor balance_strategy='bias', nor n_group."
         )
+
+
+def _check_policy(config: Any) -> None:
+    draws_order = (
+        config.router_type == "top_k"
+        and config.router_noise == "gumbel"
+        and config.router_noise_scale > 0
+        and config.balance_strategy != "bias"
+        and config.n_group is None
+    )
+    if not draws_order and config.router_type != "bernoulli":
+        raise MoEError(
+            "policy_gradient_loss needs the probability of a drawn choice: use router_type='bernoulli', or 'top_k' with "
+            "router_noise='gumbel' and neither balance_strategy='bias' nor n_group."
+        )
+
+
+def check_structure(config: Any, num_layers: int) -> None:
+    """What a MoE layer consists of: experts per layer, their widths, extra experts, the gate of the shared expert."""
+    if config.shared_expert_gate not in (False, True, "softmax"):
+        raise MoEError(f"shared_expert_gate is {config.shared_expert_gate!r}; it must be a bool, or 'softmax'.")
+    if config.shared_expert_gate and config.shared_expert_intermediate_size == 0:
+        raise MoEError(
+            f"shared_expert_gate={config.shared_expert_gate!r} needs a shared expert: set shared_expert_intermediate_size."
+        )
+    _check_experts_per_layer(config, num_layers)
+    widths = config.expert_intermediate_sizes
+    if widths is not None and (len(widths) != config.num_experts or min(widths) < 1):
+        raise MoEError(
+            f"expert_intermediate_sizes is {widths}; it must have a width of at least 1 for each of num_experts = "
+            f"{config.num_experts} experts."
+        )
+    if widths is not None and config.moe_intermediate_size != max(widths):
+        raise MoEError(
+            f"moe_intermediate_size is {config.moe_intermediate_size} and the widest of expert_intermediate_sizes is "
+            f"{max(widths)}: leave moe_intermediate_size out."
+        )
+    for name, fields in _EXCLUDED_WITH.items():
+        for field, is_set in fields.items():
+            if getattr(config, name) and is_set(config):
+                raise MoEError(f"{name} does not go together with {field}: leave one of them out.")
+
+
+def _check_experts_per_layer(config: Any, num_layers: int) -> None:
+    counts = config.num_experts_per_layer
+    if counts is None:
+        return
+    if len(counts) != num_layers or min(counts) < 0 or max(counts) != config.num_experts:
+        raise MoEError(
+            f"num_experts_per_layer is {counts}; it must have an entry of at least 0 for each of the {num_layers} decoder "
+            f"layers, and its largest must be num_experts, which is {config.num_experts}."
+        )
+    for layer, count in enumerate(counts):
+        if 0 < count < config.num_experts_per_tok:
+            raise MoEError(
+                f"num_experts_per_layer gives layer {layer} {count} experts, fewer than num_experts_per_tok = "
+                f"{config.num_experts_per_tok}."
+            )
+        if count > 0 and not config.is_moe_layer(layer):
+            raise MoEError(
+                f"num_experts_per_layer gives layer {layer} {count} experts, and first_k_dense_replace, "
+                "decoder_sparse_step or mlp_only_layers keep it dense: give it 0."
+            )
+
+
+def _names_experts(config: Any) -> bool:
+    return bool(config.expert_groups) or config.n_group is not None or "num_device_groups" in config.router_loss_kwargs
+
+
+# What cannot be combined: a field, and other fields with whether they are set.
+_EXCLUDED_WITH: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "num_experts_per_layer": {
+        "expert_groups, n_group or num_device_groups, which name experts": _names_experts,
+        "expert_intermediate_sizes": lambda config: config.expert_intermediate_sizes is not None,
+    },
+    "extra_experts": {
+        "expert_groups, n_group or num_device_groups, which name experts": _names_experts,
+        "num_moe_heads": lambda config: config.num_moe_heads > 1,
+        "capacity_factor or eval_capacity_factor": lambda config: (
+            config.capacity_factor is not None or config.eval_capacity_factor is not None
+        ),
+    },
+}
+
+
+def beyond_plain_blocks(config: Any) -> list[str]:
+    """The fields, as `name=value`, that make a block more than E equal experts behind a linear router of tokens."""
+    plain = {"router_arch": "linear", "routing_level": "token", "num_moe_heads": 1, "router_type": "top_k"}
+    plain |= {"router_per_task": False, "expert_groups": None, "num_experts_per_layer": None}
+    plain |= {"expert_intermediate_sizes": None, "extra_experts": None}
+    named = {name: getattr(config, name) for name in plain}
+    fields = [f"{name}={value!r}" for name, value in named.items() if (value or None) != (plain[name] or None)]
+    return fields + ["shared_expert_gate='softmax'"] * (config.shared_expert_gate == "softmax")

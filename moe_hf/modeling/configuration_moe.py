@@ -5,17 +5,27 @@ Letters: D model width, F expert width, E experts, K experts per token.
 
 import difflib
 from dataclasses import fields
-from functools import wraps
 from typing import Any, ClassVar
 
 import transformers
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .config_checks import MoEError, check_balance, check_capacity, check_experts_per_token, check_groups, check_noise
+from .config_checks import (
+    UNNORMALISED,
+    MoEError,
+    check_balance,
+    check_capacity,
+    check_experts_per_token,
+    check_groups,
+    check_noise,
+    check_structure,
+    raise_moe_errors,
+)
+from .presets import PRESETS, preset_fields
+from .routing_ids import check_deciders
 
 
 FORMAT_VERSION = 1
@@ -38,20 +48,6 @@ def check_transformers_version(version: str = transformers.__version__) -> None:
 check_transformers_version()
 
 
-def _raise_moe_errors(init):
-    """Re-raise the errors of strict dataclasses as `MoEError`, so that users catch one type."""
-
-    @wraps(init)
-    def wrapper(self, *args, **kwargs):
-        try:
-            init(self, *args, **kwargs)
-        except StrictDataclassError as error:
-            cause = error.__cause__
-            raise (cause if isinstance(cause, MoEError) else MoEError(str(error))) from error
-
-    return wrapper
-
-
 @strict
 class MoEConfig(PreTrainedConfig):
     r"""Configuration of [`MoEModel`] and [`MoEForCausalLM`].
@@ -64,24 +60,51 @@ class MoEConfig(PreTrainedConfig):
             Configuration of the dense decoder. Required.
         router_type (`str`, defaults to `"top_k"`):
             Name of the routing function.
+        router_arch (`str`, defaults to `"linear"`):
+            What computes the router logits: `"linear"`, `"mlp"`, `"cosine"` or `"attention"` over the experts.
+        router_arch_kwargs (`dict`, defaults to `{}`):
+            Arguments of it: `hidden_size` of `"mlp"` and `"cosine"`, `temperature` of `"cosine"`.
+        routing_level (`str`, defaults to `"token"`):
+            What the router reads: each `"token"`; `"prefix"`, the mean of the sequence up to it; `"sequence"`, the mean
+            of all of it, which is not causal; `"task"`, an embedding of the task, from `task_ids`.
+        num_tasks (`int`, defaults to 0):
+            Tasks that `task_ids` tell apart, for `routing_level="task"` or `router_per_task`.
+        router_per_task (`bool`, defaults to `False`):
+            Whether each task has a router of its own.
+        expert_groups (`dict[str, list[list[int]]]`, *optional*):
+            For `"task"`, `"language"` or `"modality"` the experts that each id may use, such as
+            `{"language": [[0, 1], [2, 3]]}`. The model then needs `language_ids`, (B,) or (B, S).
+        expert_group_prior (`float`, *optional*):
+            Added to the logits of these experts, instead of closing the others.
         num_experts (`int`, defaults to 8):
             Routed experts per MoE layer, E >= 1.
         num_experts_per_tok (`int`, defaults to 2):
             Experts that each token uses, 1 <= K <= E.
+        num_experts_per_layer (`list[int]`, *optional*):
+            Routed experts of each decoder layer, 0 for a layer that stays dense; `num_experts` is the largest.
         moe_intermediate_size (`int`, *optional*):
             Width F of one routed expert; the dense model's width when not given.
+        expert_intermediate_sizes (`list[int]`, *optional*):
+            Width of each routed expert. All are stored, and computed, at the largest: the rest of a narrower one is
+            zeros, which get no gradient.
+        extra_experts (`list[str]`, defaults to `[]`):
+            Kinds of further experts that the router scores after the routed ones: `"zero"`, `"copy"`, `"constant"`.
         norm_topk_prob (`bool`, *optional*):
-            Whether the weights of a token are divided by their sum. Defaults to K > 1, and to `False` for `"top_p"`.
+            Whether the weights of a token are divided by their sum. Defaults to K > 1, and to `False` where the
+            number of a token's experts varies.
         scoring_func (`str`, defaults to `"softmax"`):
             `"softmax"` or `"sigmoid"` of the router logits.
         n_group, topk_group (`int`, *optional*):
             A token's experts come from `topk_group` of `n_group` groups of neighbouring experts.
         routed_scaling_factor (`float`, defaults to 1.0):
             Factor of the weights, after normalisation.
+        num_moe_heads (`int`, defaults to 1):
+            Sub-tokens of width D / heads that each token is split into and that are routed one by one.
         shared_expert_intermediate_size (`int`, defaults to 0):
             Width of the shared expert that sees each token; 0 for none.
-        shared_expert_gate (`bool`, defaults to `False`):
-            Whether a learned sigmoid gate scales the shared expert's output.
+        shared_expert_gate (`bool` or `str`, defaults to `False`):
+            Whether a learned sigmoid gate scales the shared expert's output. With `"softmax"` two coefficients that
+            sum to 1 weigh the routed experts' output and the shared expert's.
         first_k_dense_replace (`int`, defaults to 0):
             The first layers that stay dense.
         decoder_sparse_step (`int`, defaults to 1):
@@ -98,15 +121,16 @@ class MoEConfig(PreTrainedConfig):
             packed), or `"global_batch"`, choices counted over all processes and the micro-batches of a step.
         router_aux_loss_coef (`float`, *optional*):
             Weight of the load-balancing loss, which is 1 at perfect balance. Defaults to 0.01, and to 0 with
-            `balance_strategy="bias"`.
+            `balance_strategy="bias"` and for `"segment_merge"`.
         router_z_loss_coef (`float`, defaults to 0.001):
             Weight of the router z-loss.
         router_loss_coefs (`dict[str, float]`, defaults to `{}`):
             Weights of further losses: `"importance_loss"`, `"load_loss"`, `"local_entropy_loss"`,
-            `"global_entropy_loss"`, `"device_balance_loss"`. One of weight 0 is reported with `output_router_logits`.
+            `"global_entropy_loss"`, `"device_balance_loss"`, `"sparsity_loss"`, `"gate_variance_loss"`,
+            `"policy_gradient_loss"`. One of weight 0 is reported with `output_router_logits`.
         router_loss_kwargs (`dict`, defaults to `{}`):
             Arguments that one of them alone reads: `load_estimator` (`"shazeer"` or `"vmoe"`),
-            `global_entropy_min_experts`, `num_device_groups`.
+            `global_entropy_min_experts`, `num_device_groups`, and with `extra_experts` `extra_expert_penalty`.
         router_jitter_noise (`float`, defaults to 0.0):
             In training the router's input is multiplied by uniform noise in [1 - x, 1 + x]. The experts' is not.
         router_noise (`str`, defaults to `"none"`):
@@ -126,7 +150,8 @@ class MoEConfig(PreTrainedConfig):
         overflow_policy (`str`, defaults to `"drop"`):
             What becomes of a choice whose expert is full: `"drop"` it, or `"reroute"` it to the next best one.
         capacity_order (`str`, defaults to `"token_major"`):
-            Who gets a slot first: earlier tokens, or `"choice_major"`, first choices of all tokens, which is not causal.
+            Who gets a slot first: earlier tokens; not causal: `"choice_major"`, first choices of all tokens, or
+            `"batch_prioritized"`, the same with tokens of higher scores first.
         allow_noncausal_routing (`bool`, defaults to `False`):
             Whether routing may depend on later tokens. The loss of a causal language model then means nothing.
         router_kwargs (`dict`, defaults to `{}`):
@@ -156,14 +181,25 @@ class MoEConfig(PreTrainedConfig):
 
     text_config: dict | PreTrainedConfig | None = None
     router_type: str = "top_k"
+    router_arch: str = "linear"
+    router_arch_kwargs: dict | None = None
+    routing_level: str = "token"
+    num_tasks: int = 0
+    router_per_task: bool = False
+    expert_groups: dict | None = None
+    expert_group_prior: float | int | None = None
     num_experts: int = 8
     num_experts_per_tok: int = 2
+    num_experts_per_layer: list[int] | None = None
     moe_intermediate_size: int | None = None
+    expert_intermediate_sizes: list[int] | None = None
+    extra_experts: list[str] | None = None
     norm_topk_prob: bool | None = None
     scoring_func: str = "softmax"
     routed_scaling_factor: float | int = 1.0
+    num_moe_heads: int = 1
     shared_expert_intermediate_size: int = 0
-    shared_expert_gate: bool = False
+    shared_expert_gate: bool | str = False
     first_k_dense_replace: int = 0
     decoder_sparse_step: int = 1
     mlp_only_layers: list[int] | None = None
@@ -194,10 +230,14 @@ class MoEConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
         self.mlp_only_layers = sorted(self.mlp_only_layers or [])
-        for name in ("router_kwargs", "router_loss_coefs", "router_loss_kwargs"):
+        self.extra_experts = list(self.extra_experts or [])
+        if self.expert_intermediate_sizes and self.moe_intermediate_size is None:
+            self.moe_intermediate_size = max(self.expert_intermediate_sizes)
+        for name in ("router_kwargs", "router_arch_kwargs", "router_loss_coefs", "router_loss_kwargs"):
             setattr(self, name, dict(getattr(self, name) or {}))
         if self.router_aux_loss_coef is None:
-            self.router_aux_loss_coef = 0.0 if self.balance_strategy == "bias" else 0.01
+            is_balanced = self.balance_strategy == "bias" or self.router_type == "segment_merge"
+            self.router_aux_loss_coef = 0.0 if is_balanced else 0.01
         if self.text_config is None:
             raise MoEError(
                 "MoEConfig needs text_config, the configuration of the dense decoder, and got None. "
@@ -212,7 +252,7 @@ class MoEConfig(PreTrainedConfig):
                 raise MoEError('text_config is a dict without "model_type": name the dense family, such as "llama".')
         super().__post_init__(**kwargs)
         if self.norm_topk_prob is None:
-            self.norm_topk_prob = self.num_experts_per_tok > 1 and self.router_type != "top_p"
+            self.norm_topk_prob = self.num_experts_per_tok > 1 and self.router_type not in UNNORMALISED
         for name in ("output_hidden_states", "return_dict"):
             setattr(self.text_config, name, getattr(self, name))
 
@@ -230,6 +270,7 @@ class MoEConfig(PreTrainedConfig):
         check_noise(self)
         check_capacity(self)
         check_balance(self)
+        check_deciders(self)
 
     def validate_structure(self):
         """Part of the strict validation: the width of the experts and which layers have them."""
@@ -241,14 +282,13 @@ class MoEConfig(PreTrainedConfig):
         if self.moe_intermediate_size is not None and self.moe_intermediate_size < 1:
             raise MoEError(f"moe_intermediate_size is {self.moe_intermediate_size}; it must be at least 1, or None.")
         for name, least in (
+            ("num_moe_heads", 1),
             ("shared_expert_intermediate_size", 0),
             ("first_k_dense_replace", 0),
             ("decoder_sparse_step", 1),
         ):
             if getattr(self, name) < least:
                 raise MoEError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        if self.shared_expert_gate and self.shared_expert_intermediate_size == 0:
-            raise MoEError("shared_expert_gate=True needs a shared expert: set shared_expert_intermediate_size.")
         layers = getattr(self.text_config, "num_hidden_layers", None)
         if layers is None:
             raise MoEError(
@@ -258,6 +298,7 @@ class MoEConfig(PreTrainedConfig):
         outside = [i for i in self.mlp_only_layers if not 0 <= i < layers]
         if outside:
             raise MoEError(f"mlp_only_layers names layers {outside}; the model has layers 0 to {layers - 1}.")
+        check_structure(self, layers)
         if not any(self.is_moe_layer(i) for i in range(layers)):
             raise MoEError(
                 f"first_k_dense_replace={self.first_k_dense_replace}, decoder_sparse_step={self.decoder_sparse_step} "
@@ -267,13 +308,33 @@ class MoEConfig(PreTrainedConfig):
     def validate_layer_type(self):
         """Part of the strict validation: `text_config` has checked its own layer types, which only its class knows."""
 
+    @staticmethod
+    def presets() -> dict[str, str]:
+        """The names that `from_preset` knows, each with its source and with what differs in a decoder."""
+        return {name: f"{preset.source}. In a decoder: {preset.in_a_decoder}." for name, preset in PRESETS.items()}
+
+    @classmethod
+    def from_preset(cls, name: str, text_config: dict | PreTrainedConfig, **overrides) -> "MoEConfig":
+        """The MoE of a paper, one of `presets()`, for a dense decoder; `overrides` of its fields win.
+
+        Raises:
+            MoEError: an unknown name, or what `MoEConfig` refuses.
+        """
+        text_config = cls(text_config=text_config).text_config
+        return cls(text_config=text_config, **preset_fields(name, text_config, overrides))
+
     def is_moe_layer(self, layer_index: int) -> bool:
         """Whether decoder layer `layer_index` (from 0) has experts."""
         return (
             layer_index >= self.first_k_dense_replace
             and layer_index not in self.mlp_only_layers
             and (layer_index + 1) % self.decoder_sparse_step == 0
+            and self.experts_of_layer(layer_index) > 0
         )
+
+    def experts_of_layer(self, layer_index: int) -> int:
+        """Routed experts that decoder layer `layer_index` (from 0) has where it is a MoE layer."""
+        return self.num_experts if self.num_experts_per_layer is None else self.num_experts_per_layer[layer_index]
 
     def get_text_config(self, decoder=None, encoder=None) -> "MoEConfig":
         """This config itself: it answers for the dense fields, and tools look for `num_experts` and the like here."""
@@ -325,6 +386,6 @@ class MoEConfig(PreTrainedConfig):
         super().__setattr__(name, value)
 
 
-MoEConfig.__init__ = _raise_moe_errors(MoEConfig.__init__)
+MoEConfig.__init__ = raise_moe_errors(MoEConfig.__init__)
 
 __all__ = ["MoEConfig", "MoEError"]

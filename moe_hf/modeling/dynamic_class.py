@@ -13,7 +13,10 @@ from transformers import initialization as init
 
 from .dense_mlp import INLINE_ATTRIBUTE, MLPSite
 from .experts import Experts
+from .extra_experts import ExtraExpert
 from .moe_block import MoEBlock, Router
+from .multi_head import HEAD_GAIN, MultiHead
+from .routing_ids import ID_ARGUMENTS
 
 
 # Flags that transformers reads from the class; a combined class has the dense model's.
@@ -52,13 +55,23 @@ class Combined:
             config = self.config
             std = getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02
             for name, parameter in module.named_parameters(recurse=False):
-                # What a router has besides its weight starts without effect.
-                if name.endswith("_bias") or (isinstance(module, Router) and name != "weight"):
+                # What a router has besides its logits starts without effect.
+                if name.endswith("_bias") or (isinstance(module, Router) and name in module.zero_parameters):
                     init.zeros_(parameter)
                 else:
-                    init.normal_(parameter, mean=0.0, std=std)
+                    # An embedding of tasks is read in place of a normalised hidden state.
+                    init.normal_(parameter, mean=0.0, std=1.0 if name == "task_embedding" else std)
             for buffer in module.buffers(recurse=False):
                 init.zeros_(buffer)
+            if isinstance(module, Experts):
+                module.zero_padding_()
+        elif isinstance(module, ExtraExpert):
+            module.reset_parameters()
+        elif isinstance(module, MultiHead):
+            init.xavier_uniform_(module.head_proj.weight, gain=HEAD_GAIN)
+            init.xavier_uniform_(module.merge_proj.weight)
+            init.zeros_(module.head_proj.bias)
+            init.zeros_(module.merge_proj.bias)
 
     def __reduce_ex__(self, protocol):
         # A class made at run time cannot be found by name; its two parents can.
@@ -96,9 +109,11 @@ def _forward_with_signature(generic: type, signature: inspect.Signature):
     parameters = dict(signature.parameters)
     rest = [p for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
     named = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    if "output_router_logits" not in parameters:
-        kind = inspect.Parameter.KEYWORD_ONLY
-        named.append(inspect.Parameter("output_router_logits", kind, default=None, annotation=bool | None))
+    added = {"output_router_logits": bool | None} | dict.fromkeys(ID_ARGUMENTS, torch.Tensor | None)
+    for name, annotation in added.items():
+        if name not in parameters:
+            kind = inspect.Parameter.KEYWORD_ONLY
+            named.append(inspect.Parameter(name, kind, default=None, annotation=annotation))
     forward.__signature__ = signature.replace(parameters=[*named, *rest], return_annotation=inspect.Signature.empty)
     forward.__doc__ = generic.forward.__doc__
     return forward

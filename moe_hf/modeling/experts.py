@@ -10,13 +10,17 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.integrations import use_experts_implementation
 
-from .configuration_moe import MoEConfig
+from .configuration_moe import MoEConfig, MoEError
 from .dense_mlp import MLPSite
 
 
 @use_experts_implementation
 class Experts(nn.Module):
     """E MLPs of one shape: `gate_up_proj` (E, 2F, D) or `up_proj` (E, F, D), `down_proj` (E, D, F), biases (E, ...).
+
+    With `expert_intermediate_sizes` F is the largest, and the neurons that an expert does not have are zeros: as their
+    activation is 0 they add nothing, and no gradient reaches them, so that they stay zeros under any optimizer whose
+    weight decay is proportional to the weights. An adapter on these tensors, or noise, would fill them.
 
     The forward below is the implementation called `eager`; transformers dispatches to the others by
     `config._experts_implementation`.
@@ -26,13 +30,28 @@ class Experts(nn.Module):
         super().__init__()
         width = config.moe_intermediate_size or site.intermediate_size
         rows, name = (2 * width, "gate_up_proj") if site.gated else (width, "up_proj")
-        self.num_experts = config.num_experts
+        self.num_experts, self.widths = config.experts_of_layer(site.layer_index), config.expert_intermediate_sizes
         self.register_parameter(name, nn.Parameter(torch.empty(self.num_experts, rows, site.hidden_size)))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, site.hidden_size, width))
         if site.has_bias:
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(self.num_experts, rows)))
             self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, site.hidden_size))
         self.act_fn = copy.deepcopy(act_fn)
+        if self.widths is not None and not site.gated:
+            at_zero = act_fn(torch.zeros(1, device="cpu"))
+            if not at_zero.is_meta and at_zero.item() != 0:
+                raise MoEError("expert_intermediate_sizes needs an activation that is 0 at 0, or gated experts.")
+
+    @torch.no_grad()
+    def zero_padding_(self) -> None:
+        """Zero the neurons that experts do not have, with `expert_intermediate_sizes`."""
+        for expert, width in enumerate(self.widths or ()):
+            for name, tensor in self.named_parameters(recurse=False):
+                if name == "down_proj":
+                    tensor[expert, :, width:] = 0
+                elif name != "down_proj_bias":
+                    halves = tensor[expert].unflatten(0, (-1, self.down_proj.shape[-1]))  # (1 or 2, F, ...)
+                    halves[:, width:] = 0
 
     def forward(
         self,
@@ -49,8 +68,8 @@ class Experts(nn.Module):
         output = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
-            if token.numel() == 0:
-                continue
+            if token.numel() == 0 and expert > 0:
+                continue  # the first runs on none too: the parameters have a gradient when no MLP is chosen
             hidden = F.linear(hidden_states[token], weights[0][expert], biases[0][expert])
             hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
             hidden = F.linear(hidden, weights[1][expert], biases[1][expert]) * top_k_weights[token, slot, None]
@@ -63,6 +82,9 @@ def make_experts(config: MoEConfig, site: MLPSite, act_fn) -> Experts:
     experts = Experts(config, site, act_fn)
     # The decorator fixes these two for a whole class; the kernels read them from the instance.
     experts.has_gate, experts.has_bias = site.gated, site.has_bias
+    if config.extra_experts:
+        # Ids of E and above are of no MLP: the kernels skip them, as they do those of experts on other ranks.
+        experts._is_expert_parallel = True
     return experts
 
 

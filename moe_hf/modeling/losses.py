@@ -35,6 +35,8 @@ class LayerRouting:
         step_counts: (E,) int64, choices per expert since the last optimizer step, this pass included, where the router
             keeps them; otherwise None.
         global_counts: (E,), the counts that `balance_loss_scope="global_batch"` scores; None: this layer's own.
+        rewards: (T,), how good the prediction at each token was, without a gradient, NaN where nothing was predicted;
+            None without labels.
     """
 
     config: MoEConfig
@@ -46,6 +48,7 @@ class LayerRouting:
     noise: RouterNoise | None = None
     step_counts: torch.Tensor | None = None
     global_counts: torch.Tensor | None = None
+    rewards: torch.Tensor | None = None
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor:
         """1 for real tokens, 0 for padding, (T,)."""
@@ -97,14 +100,29 @@ def load_balancing_loss(layer: LayerRouting) -> torch.Tensor:
       `MoETrainer` sees to it), also the earlier micro-batches of the optimizer step. P is that of this forward pass:
       weighted by tokens, the terms of all processes add up to the loss of their joint batch.
 
+    With `extra_experts`, `router_loss_kwargs["extra_expert_penalty"]`, c, multiplies the terms of those: the loss is
+    (E + X / c) * (sum over routed experts f_e P_e + c * sum over extra ones f_e P_e), which is 1 where an extra expert
+    gets 1 / c times the tokens of a routed one. c below 1 spares arithmetic.
+
     Source: Switch Transformer, eq. 4-6 (https://huggingface.co/papers/2101.03961), with f divided by K; `"sequence"`
     DeepSeek-V3, eq. 17-20 (https://huggingface.co/papers/2412.19437); `"global_batch"` Qiu et al.
-    (https://huggingface.co/papers/2501.11873).
+    (https://huggingface.co/papers/2501.11873); c MoE++, heterogeneous load balance loss
+    (https://huggingface.co/papers/2410.07348).
     """
     if layer.config.balance_loss_scope == "sequence":
         return _sequence_balance(layer)
     choice_share, mean_score = _shares(layer)
-    return choice_share.numel() * (choice_share * mean_score).sum()
+    penalty = _penalty(choice_share, layer)
+    return (1 / penalty).sum() * (penalty * choice_share * mean_score).sum()
+
+
+def _penalty(like: torch.Tensor, layer: LayerRouting) -> torch.Tensor:
+    """What multiplies the term of each expert in the load-balancing loss, (E,), in the dtype of `like`."""
+    penalty = like.new_ones(like.shape[-1])
+    extra = len(layer.config.extra_experts)
+    if extra:
+        penalty[-extra:] = layer.config.router_loss_kwargs.get("extra_expert_penalty", 1.0)
+    return penalty
 
 
 def _shares(layer: LayerRouting) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,7 +149,8 @@ def _sequence_balance(layer: LayerRouting) -> torch.Tensor:
     scores = torch.zeros_like(probabilities).index_add(0, ids, probabilities * mask[:, None])
     tokens = torch.zeros_like(mask).index_add(0, ids, mask)  # (N,)
     shares = counts / counts.sum(-1, keepdim=True).clamp_min(1)
-    balance = probabilities.shape[-1] * (shares * scores).sum(-1)  # times the tokens of the sequence
+    penalty = _penalty(shares, layer)
+    balance = (1 / penalty).sum() * (penalty * shares * scores).sum(-1)  # times the tokens of the sequence
     long_enough = tokens > 1
     return (balance * long_enough).sum() / (tokens * long_enough).sum().clamp_min(1)
 
@@ -250,6 +269,66 @@ def global_entropy_loss(layer: LayerRouting) -> torch.Tensor:
     return (math.log(least) - entropy).clamp_min(0)
 
 
+def sparsity_loss(layer: LayerRouting) -> torch.Tensor:
+    """Hold independent gates open at a rate of tau = K / E: sum_e (mean_t p_te - tau)^2 + mean_t (mean_e p_te - tau)^2.
+
+    The first term is about each expert over the tokens, the second about each token over the experts.
+
+    Source: Bengio et al., conditional computation, L_b and L_e (https://huggingface.co/papers/1511.06297), squared.
+    """
+    opening = router_scores(layer.router_logits, layer.config.scoring_func)
+    rate = layer.config.num_experts_per_tok / opening.shape[-1]
+    return (layer.mean(opening) - rate).square().sum() + layer.mean((opening.mean(-1) - rate).square())
+
+
+def gate_variance_loss(layer: LayerRouting) -> torch.Tensor:
+    """Make gates differ between tokens: minus the sum over experts of the variance of p over the tokens.
+
+    Source: Bengio et al., conditional computation, L_v (https://huggingface.co/papers/1511.06297).
+    """
+    opening = router_scores(layer.router_logits, layer.config.scoring_func)
+    return -layer.mean((opening - layer.mean(opening)).square()).sum()
+
+
+def policy_gradient_loss(layer: LayerRouting) -> torch.Tensor | None:
+    """Make choices likelier that were followed by good predictions: -mean_t (r_t - b_t) log p(choice_t).
+
+    The reward r_t is the log-probability that the model gave to the next token, and the baseline b_t the mean reward of
+    the other tokens, so that the gradient is on average that of the expected reward (REINFORCE). A token's choice is
+    credited with its own prediction alone, not with later ones that attend to it.
+
+    Returns:
+        None where nothing was drawn or there are no labels, as in evaluation.
+
+    Source: Bengio et al., conditional computation (https://huggingface.co/papers/1511.06297); Williams 1992
+    (https://doi.org/10.1007/BF00992696).
+    """
+    rewards, log_prob = layer.rewards, layer.routing.log_prob
+    if rewards is None or log_prob is None:
+        return None
+    counts = ~rewards.isnan()
+    number = counts.sum()
+    rewards = rewards.nan_to_num()
+    # r - (sum - r) / (n - 1) = n / (n - 1) (r - mean)
+    advantage = (rewards - rewards.sum() / number.clamp_min(1)) * number / (number - 1).clamp_min(1)
+    return -(advantage * log_prob * counts).sum() / number.clamp_min(1)
+
+
+def reward_predictions(
+    layers: list[LayerRouting], logits: torch.Tensor, labels: torch.Tensor | None, shift_labels: torch.Tensor | None
+) -> None:
+    """Give each layer its `rewards` from the model's logits (B, S, V) and labels (B, S); nothing without labels."""
+    if labels is None and shift_labels is None:
+        return
+    following = F.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
+    following = following.reshape(-1).to(logits.device)
+    loss = F.cross_entropy(logits.detach().flatten(0, 1).float(), following, ignore_index=-100, reduction="none")
+    rewards = -loss.masked_fill(following == -100, torch.nan)
+    for layer in layers:
+        sub_tokens = len(layer.router_logits) // len(rewards)
+        layer.rewards = rewards.to(layer.router_logits.device).repeat_interleave(sub_tokens)
+
+
 def _load_estimator(layer: LayerRouting) -> str:
     return layer.config.router_loss_kwargs.get("load_estimator", "shazeer")
 
@@ -262,6 +341,9 @@ LOSSES: dict[str, Callable[[LayerRouting], torch.Tensor | None]] = {
     "local_entropy_loss": local_entropy_loss,
     "global_entropy_loss": global_entropy_loss,
     "device_balance_loss": device_balance_loss,
+    "sparsity_loss": sparsity_loss,
+    "gate_variance_loss": gate_variance_loss,
+    "policy_gradient_loss": policy_gradient_loss,
 }
 
 

@@ -26,13 +26,14 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_moe import MoEConfig, MoEError
-from .custom_routers import CUSTOM_ROUTERS  # noqa: F401 - importing it registers them
+from .custom_code import CUSTOM_CODE  # noqa: F401 - importing it registers them
 from .dense_mlp import activation_of, check_one_expert_reproduces, find_mlp_sites, holder_of
 from .dynamic_class import Combined, combine, put_block
-from .losses import LOSSES, LayerRouting, loss_coefficients, sum_over_ranks
-from .moe_block import MoEBlock, RoutingPass, current_routing_pass, recompute_contexts, routing_pass
+from .losses import LOSSES, LayerRouting, loss_coefficients, reward_predictions, sum_over_ranks
+from .moe_block import MoEBlock, RoutingPass, current_routing_pass, recompute_contexts, routing_pass, rows_are_aligned
 from .parallel_plans import expert_parallel_plan, tensor_parallel_plan, wildcard
-from .routers import check_generation, save_custom_router, why_no_cache
+from .routers import ROUTERS, check_generation, router_spec, save_custom_code, why_no_cache
+from .routing_ids import extend_ids, open_experts, spread_ids, take_ids
 
 
 @dataclass
@@ -40,7 +41,7 @@ class MoEModelOutput(MoeModelOutputWithPast):
     """Output of [`MoEModel`].
 
     Args:
-        router_logits (`tuple[torch.Tensor]`): raw logits of each MoE layer, (T, E); with `output_router_logits`.
+        router_logits (`tuple[torch.Tensor]`): raw logits per layer and (sub-)token, (T, E); with `output_router_logits`.
         router_losses (`dict[str, torch.Tensor]`): unweighted router losses by name, means over layers.
         router_stats (`dict[str, torch.Tensor]`): the routers' figures by name, such as `dropped_share`, means over layers.
     """
@@ -57,7 +58,7 @@ class MoECausalLMOutput(MoeCausalLMOutputWithPast):
         loss (`torch.Tensor`): the language-modelling loss; in training plus `aux_loss`.
         aux_loss (`torch.Tensor`): weighted sum of the router losses; in training the very term that was added to
             `loss`, in evaluation reported only, with `output_router_logits`.
-        router_logits (`tuple[torch.Tensor]`): raw logits of each MoE layer, (T, E); with `output_router_logits`.
+        router_logits (`tuple[torch.Tensor]`): raw logits per layer and (sub-)token, (T, E); with `output_router_logits`.
         router_losses (`dict[str, torch.Tensor]`): unweighted router losses by name, means over layers.
         router_stats (`dict[str, torch.Tensor]`): the routers' figures by name, such as `dropped_share`, means over layers.
     """
@@ -120,7 +121,7 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         if base_model is self and not isinstance(self, MoEModel):
             raise MoEError(f"{self._dense_class.__name__} has no base model apart from its head; it is not supported.")
         self._install_blocks(base_model)
-        if requested is None and not _rows_are_aligned(base_model):
+        if requested is None and not rows_are_aligned(base_model):
             config._experts_implementation_internal = "eager"
         self._adopt_submodels(base_model)
         self.post_init()
@@ -163,6 +164,8 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         if not self._has_dense_sites:
             replaced = tuple({f"{wildcard(site.block)}." for site in sites})
             self._tp_plan = {name: style for name, style in self._tp_plan.items() if not name.startswith(replaced)}
+        if router_spec(self.config).merges_experts or self.config.extra_experts:
+            return  # each process needs all experts whole, or ids of extra experts would be taken for other ranks'
         has_tensor_plan = bool(self._tp_plan)
         for site in sites:
             self._ep_plan.update(expert_parallel_plan(wildcard(site.block), site))
@@ -192,7 +195,7 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
             "AutoModelForCausalLM": "modeling_moe.MoEForCausalLM",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
-        save_custom_router(self.config, save_directory)
+        save_custom_code(self.config, save_directory)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """As in transformers; where moe_hf is installed, `tokenizer` and the other arguments of `push_model` too."""
@@ -208,10 +211,11 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         return getattr(self.config, name) if value is None else value
 
     def _wants_record(self, output_router_logits: bool) -> bool:
-        wanted = self.config.balance_strategy == "bias" or any(loss_coefficients(self.config).values())
+        follows = self.config.balance_strategy == "bias" or ROUTERS[self.config.router_type].state
+        wanted = follows or any(loss_coefficients(self.config).values())
         return output_router_logits or (self.training and wanted)
 
-    def _describe_batch(self, current: RoutingPass, named: dict) -> None:
+    def _describe_batch(self, current: RoutingPass, named: dict, ids: dict[str, torch.Tensor] | None = None) -> None:
         tokens = named.get("input_ids")
         tokens = named.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
@@ -227,6 +231,10 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
             starts = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
             row = torch.arange(batch_size, device=starts.device)[:, None] * sequence_length
             current.document_ids = (starts.cumsum(-1) + row).reshape(-1)
+        if ids is not None:
+            shape = (batch_size, sequence_length)
+            current.ids = spread_ids(self.config, ids, shape, past, current.token_mask, tokens.device)
+            current.open_experts = open_experts(self.config, current.ids)
 
     def _router_losses(self, current: RoutingPass, report: bool) -> dict[str, torch.Tensor] | None:
         """Unweighted losses by name, each the mean over the MoE layers; None when nothing was recorded.
@@ -249,13 +257,6 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
                 if values:
                     losses[name] = torch.stack(values).mean()
         return losses or None
-
-
-def _rows_are_aligned(base_model: nn.Module) -> bool:
-    """Whether `grouped_mm`, the default, can read the experts: it refuses rows that are no multiples of 16 bytes."""
-    experts = [module for module in base_model.modules() if isinstance(module, MoEBlock)]
-    weights = [weight for block in experts for weight in block.experts.parameters() if weight.dim() == 3]
-    return all(weight.shape[-1] * weight.element_size() % 16 == 0 for weight in weights)
 
 
 def _dense_class(config: MoEConfig, mapping) -> type:
@@ -304,8 +305,9 @@ class MoEModel(MoEPreTrainedModel):
             return super().forward(**named)
         return_dict = self._take_flag(named, "return_dict")
         output_router_logits = self._take_flag(named, "output_router_logits")
+        ids = take_ids(self.config, named)
         with routing_pass(RoutingPass(record=self._wants_record(output_router_logits), has_model=True)) as current:
-            self._describe_batch(current, named)
+            self._describe_batch(current, named, ids)
             outputs = super().forward(**named, return_dict=True)
         outputs = _extended(
             MoEModelOutput,
@@ -329,6 +331,12 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         check_generation(self.config)
         return super().generate(*args, **kwargs)
 
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens=1, **kwargs):
+        extend_ids(model_kwargs, num_new_tokens)
+        return super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *args, num_new_tokens=num_new_tokens, **kwargs
+        )
+
     def forward(self, *args, **kwargs):
         """Run the dense model's forward; in training add the weighted router losses to its loss, once.
 
@@ -338,10 +346,13 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         named = self._named_arguments(args, kwargs)
         return_dict = self._take_flag(named, "return_dict")
         output_router_logits = self._take_flag(named, "output_router_logits")
+        ids = take_ids(self.config, named)
         with routing_pass(RoutingPass(record=self._wants_record(output_router_logits))) as current:
             # Some heads call the decoder inside the base model, which then does not describe the batch itself.
-            self._describe_batch(current, named)
+            self._describe_batch(current, named, ids)
             outputs = super().forward(**named, return_dict=True)
+        if self.training and self.config.router_loss_coefs.get("policy_gradient_loss"):
+            reward_predictions(current.layers, outputs.logits, named.get("labels"), named.get("shift_labels"))
         loss, aux_loss = outputs.loss, None
         router_losses = self._router_losses(current, output_router_logits)
         if router_losses is not None:

@@ -8,7 +8,11 @@ from pathlib import Path
 from transformers.utils import logging
 
 from .configuration_moe import MoEConfig, MoEError
+from .expert_choice import EXPERT_CHOICE, EXPERT_THRESHOLD
+from .extra_experts import BUILT_IN_EXPERTS, EXTRA_EXPERTS, extra_expert
 from .routing import Argument, RouterSpec, RoutingFunction
+from .segment_merge import SEGMENT_MERGE
+from .soft_gates import BERNOULLI, DENSE, DENSE_MARGIN
 from .token_choice import STOCHASTIC_TOP_K, TOP_K, TOP_P
 
 
@@ -16,6 +20,12 @@ ROUTERS: dict[str, RouterSpec] = {
     "top_k": TOP_K,
     "stochastic_top_k": STOCHASTIC_TOP_K,
     "top_p": TOP_P,
+    "segment_merge": SEGMENT_MERGE,
+    "expert_choice": EXPERT_CHOICE,
+    "expert_threshold": EXPERT_THRESHOLD,
+    "dense": DENSE,
+    "dense_margin": DENSE_MARGIN,
+    "bernoulli": BERNOULLI,
 }
 BUILT_IN = frozenset(ROUTERS)
 
@@ -30,6 +40,7 @@ def register_router(
     parameters: dict[str, tuple[str, ...]] | None = None,
     options: tuple[str, ...] = (),
     causal: bool = True,
+    cacheable: bool = True,
     check: Callable | None = None,
 ) -> None:
     """Add a routing function under `name`, for `MoEConfig(router_type=name)`.
@@ -42,7 +53,7 @@ def register_router(
         function (`Callable`): `fn(router_logits (T, E), context) -> Routing`.
         arguments (`tuple[str]` or `dict[str, Argument]`): the keys of `router_kwargs` that the function reads, with a
             default and a test each, or names alone. It finds them in `context.arguments`.
-        parameters, options, causal, check: as `RouterSpec` has them.
+        parameters, options, causal, cacheable, check: as `RouterSpec` has them.
 
     Raises:
         MoEError: when `name` is taken.
@@ -50,7 +61,9 @@ def register_router(
     if name in ROUTERS:
         raise MoEError(f"A router named {name!r} is already registered; choose another name.")
     arguments = arguments if isinstance(arguments, dict) else {key: Argument() for key in arguments}
-    ROUTERS[name] = RouterSpec(function, arguments, dict(parameters or {}), frozenset(options), causal, check)
+    ROUTERS[name] = RouterSpec(
+        function, arguments, dict(parameters or {}), frozenset(options), causal, cacheable, check=check
+    )
 
 
 def router_spec(config: MoEConfig) -> RouterSpec:
@@ -65,7 +78,7 @@ def router_spec(config: MoEConfig) -> RouterSpec:
             f"router_type is {config.router_type!r}; it must be one of {sorted(ROUTERS)}. Import the file that registers "
             "a router of your own first; one that was saved with a model needs trust_remote_code=True."
         )
-    if not spec.causal and not config.allow_noncausal_routing:
+    if not spec.is_causal(config) and not config.allow_noncausal_routing:
         raise MoEError(
             f"router_type={config.router_type!r} lets a token's experts depend on later tokens, so a causal language "
             "model's loss would mean nothing. Set allow_noncausal_routing=True if that is what you want."
@@ -79,14 +92,33 @@ def check_generation(config: MoEConfig) -> None:
     Raises:
         MoEError: the router is not causal.
     """
-    if not ROUTERS[config.router_type].causal:
+    if not ROUTERS[config.router_type].is_causal(config):
         raise MoEError(f"router_type={config.router_type!r} chooses with later tokens in view, so it cannot generate.")
+    if config.routing_level == "sequence":
+        raise MoEError("routing_level='sequence' chooses with later tokens in view, so it cannot generate.")
 
 
 def why_no_cache(config: MoEConfig) -> str | None:
     """Why decoding step by step is not what a full forward pass computes; None where it is."""
-    if not ROUTERS[config.router_type].causal:
+    spec = ROUTERS[config.router_type]
+    if not spec.is_causal(config):
         return f"router_type={config.router_type!r} looks at the whole sequence, and with a cache it has only its end."
+    if config.routing_level in ("prefix", "sequence"):
+        return (
+            f"routing_level={config.routing_level!r} takes a mean over the sequence, and with a cache it has only the new "
+            "tokens. Generate with use_cache=False."
+        )
+    if not spec.cacheable:
+        return (
+            f"router_type={config.router_type!r} decides by earlier tokens of the sequence, and with a cache it has only "
+            "the new ones. Generate with use_cache=False."
+        )
+    for name in config.extra_experts:
+        if not extra_expert(name).cacheable:
+            return (
+                f"extra_experts has {name!r}, which reads earlier tokens of the sequence, and with a cache it has only the "
+                "new ones. Generate with use_cache=False."
+            )
     if config.eval_capacity_factor is not None:
         return (
             "eval_capacity_factor limits how many tokens of a sequence an expert takes, and with a cache only the new "
@@ -96,31 +128,39 @@ def why_no_cache(config: MoEConfig) -> str | None:
     return None
 
 
-def save_custom_router(config: MoEConfig, folder: str | Path) -> None:
-    """Copy the file of a router that is not built in to the folder of a saved model, whose code then imports it.
+def save_custom_code(config: MoEConfig, folder: str | Path) -> None:
+    """Copy the files of a router and of experts that are not built in to a saved model, whose code then imports them.
 
     Raises:
-        MoEError: the file has the name of one of the model's own.
+        MoEError: a file has the name of one of the model's own.
     """
-    if config.router_type in BUILT_IN:
-        return
-    function, folder = ROUTERS[config.router_type].function, Path(folder)
-    source = getattr(sys.modules.get(function.__module__), "__file__", None)
-    if source is None or function.__module__ == "__main__":
-        logger.warning(
-            f"The router {config.router_type!r} is defined in no file that can be imported, so its code does not travel "
-            "with the model: whoever loads it has to register the router first."
-        )
-        return
-    source = Path(source)
-    if source.resolve().parent != Path(__file__).resolve().parent and (folder / source.name).exists():
-        raise MoEError(
-            f"The file of the router {config.router_type!r} is called {source.name}, as one of the model's own."
-        )
-    if source.resolve() != (folder / source.name).resolve():
-        shutil.copyfile(source, folder / source.name)
-    (folder / "custom_routers.py").write_text(
-        f'"""Imports the router that this model uses, which registers it."""\n\n'
-        f"from .{source.stem} import {function.__name__}\n\n\n"
-        f"CUSTOM_ROUTERS = ({function.__name__},)\n"
+    own = (
+        []
+        if config.router_type in BUILT_IN
+        else [("router", config.router_type, ROUTERS[config.router_type].function)]
     )
+    kinds = dict.fromkeys(config.extra_experts)
+    own += [("expert", name, EXTRA_EXPERTS[name]) for name in kinds if name not in BUILT_IN_EXPERTS]
+    folder, imports = Path(folder), {}
+    for what, name, definition in own:
+        source = getattr(sys.modules.get(definition.__module__), "__file__", None)
+        if source is None or definition.__module__ == "__main__":
+            logger.warning(
+                f"The {what} {name!r} is defined in no file that can be imported, so its code does not travel with the "
+                f"model: whoever loads it has to register the {what} first."
+            )
+            continue
+        source, target = Path(source), folder / Path(source).name
+        is_copied = source.stem in imports.values() or source.resolve() == target.resolve()
+        if source.resolve().parent != Path(__file__).resolve().parent and target.exists() and not is_copied:
+            raise MoEError(f"The file of the {what} {name!r} is called {source.name}, as one of the model's own.")
+        if not is_copied:
+            shutil.copyfile(source, target)
+        imports[definition.__name__] = source.stem
+    if imports:
+        lines = "".join(f"from .{stem} import {name}\n" for name, stem in imports.items())
+        names = "".join(f"{name}, " for name in imports).rstrip()
+        (folder / "custom_code.py").write_text(
+            f'"""Imports the router and the experts of its own that this model uses, which registers them."""\n\n{lines}'
+            f"\n\nCUSTOM_CODE = ({names})\n"
+        )

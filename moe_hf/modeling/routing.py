@@ -41,10 +41,14 @@ class RoutingContext:
         batch_size, sequence_length: B and S of the batch in this forward pass.
         token_mask: (T,), True for real tokens, or None when there is no padding.
         document_ids: (T,), equal for tokens of one document in one row, and not falling; None when rows are not packed.
+        ids: the id of each token, (T,), for the kinds that the configuration tells apart.
+        open_experts: (T, E), False for experts that `expert_groups` closes to a token, whose logits are the least finite
+            number; None when all are open.
         correction_bias: (E,), added to the scores for choosing only, or None.
         noise: the noise of this pass, in training with `router_noise`; otherwise None.
         arguments: `router_kwargs`, completed with the defaults of the routing function.
         parameters: the parameters of this layer's router besides its weight, by name.
+        state: what this layer's router knows from earlier batches, by name, (E,) each.
     """
 
     config: MoEConfig
@@ -55,10 +59,13 @@ class RoutingContext:
     sequence_length: int
     token_mask: torch.Tensor | None = None
     document_ids: torch.Tensor | None = None
+    ids: dict[str, torch.Tensor] = field(default_factory=dict)
+    open_experts: torch.Tensor | None = None
     correction_bias: torch.Tensor | None = None
     noise: RouterNoise | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,15 +77,24 @@ class Routing:
         top_k_weights: mixing weights, (T, K), float32 or wider.
         token_index: for a varying number of experts per token, the token of each of R rows, (R,); the other two are
             then (R, 1).
+        segment_index: (T,), not falling: tokens whose experts are merged into one, with the weights of its first row; None
+            where the experts' outputs are mixed.
         preferred_index: (T, K), the experts that tokens chose, where full ones sent them elsewhere; otherwise None.
         stats: figures to report, by name; scalars without a gradient.
+        log_prob: logarithm of the probability with which this choice was drawn, (T,), with a gradient; None where
+            nothing was drawn, or nothing asks for it.
+        observed: what the router's state is updated from, by name, (E,) each without a gradient; they add up over
+            forward passes and processes.
     """
 
     top_k_index: torch.Tensor
     top_k_weights: torch.Tensor
     token_index: torch.Tensor | None = None
+    segment_index: torch.Tensor | None = None
     preferred_index: torch.Tensor | None = None
     stats: dict[str, torch.Tensor] = field(default_factory=dict)
+    log_prob: torch.Tensor | None = None
+    observed: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 RoutingFunction = Callable[[torch.Tensor, RoutingContext], Routing]
@@ -96,6 +112,22 @@ class Argument:
     test: Callable[[Any], bool] | None = None
 
 
+def resolve(given: dict[str, Any], known: dict[str, Argument], field_name: str, owner: str) -> dict[str, Any]:
+    """The arguments in `given`, completed with the defaults of those that `owner` knows.
+
+    Raises:
+        MoEError: a key that `owner` does not read, or a value that it does not allow.
+    """
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise MoEError(f"{field_name} has {unknown}, which {owner} does not read; it reads {sorted(known) or 'none'}.")
+    arguments = {key: given.get(key, argument.default) for key, argument in known.items()}
+    for key, argument in known.items():
+        if argument.test is not None and not argument.test(arguments[key]):
+            raise MoEError(f"{field_name}[{key!r}] is {arguments[key]!r}; it must be {argument.allowed}.")
+    return arguments
+
+
 @dataclass(frozen=True)
 class RouterSpec:
     """A routing function and what it needs.
@@ -106,16 +138,30 @@ class RouterSpec:
         parameters: shapes of the parameters that the router has besides its weight, by name, in the letters "E" and
             "D"; they start at zero.
         options: which of `ROUTER_OPTIONS` it honours; a configuration that sets another one is refused.
-        causal: whether a token's experts and weights depend on that token and earlier ones of its sequence alone.
+        causal: whether a token's experts and weights depend on that token and earlier ones of its sequence alone; or a
+            function of the configuration that says so.
+        cacheable: whether decoding step by step with a cache computes what a full forward pass does.
+        merges_experts: whether it mixes the weights of experts, by `Routing.segment_index`, and not their outputs.
         check: raises `MoEError` for a configuration that the function cannot serve.
+        state: names of (E,) float32 buffers that follow earlier batches; they start at zero and are saved.
+        update: `fn(state, observed, arguments) -> state`, called once per optimizer step with the sums of
+            `Routing.observed` since the last one.
     """
 
     function: RoutingFunction
     arguments: dict[str, Argument] = field(default_factory=dict)
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     options: frozenset[str] = frozenset()
-    causal: bool = True
+    causal: bool | Callable[[MoEConfig], bool] = True
+    cacheable: bool = True
+    merges_experts: bool = False
     check: Callable[[MoEConfig, dict[str, Any]], None] | None = None
+    state: tuple[str, ...] = ()
+    update: Callable[[dict, dict, dict[str, Any]], dict[str, torch.Tensor]] | None = None
+
+    def is_causal(self, config: MoEConfig) -> bool:
+        """Whether it is causal under `config`."""
+        return self.causal(config) if callable(self.causal) else self.causal
 
     def resolve_arguments(self, config: MoEConfig) -> dict[str, Any]:
         """`config.router_kwargs`, completed with defaults.
@@ -124,17 +170,8 @@ class RouterSpec:
             MoEError: a key that the function does not read, a value that it does not allow, or an option or a
                 combination of fields that it does not serve.
         """
-        name, given = config.router_type, config.router_kwargs
-        unknown = sorted(set(given) - set(self.arguments))
-        if unknown:
-            raise MoEError(
-                f"router_kwargs has {unknown}, which router_type={name!r} does not read; "
-                f"it reads {sorted(self.arguments) or 'none'}."
-            )
-        arguments = {key: given.get(key, argument.default) for key, argument in self.arguments.items()}
-        for key, argument in self.arguments.items():
-            if argument.test is not None and not argument.test(arguments[key]):
-                raise MoEError(f"router_kwargs[{key!r}] is {arguments[key]!r}; it must be {argument.allowed}.")
+        name = config.router_type
+        arguments = resolve(config.router_kwargs, self.arguments, "router_kwargs", f"router_type={name!r}")
         for option, (fields, is_set) in ROUTER_OPTIONS.items():
             if option not in self.options and is_set(config):
                 raise MoEError(f"router_type={name!r} has no use for {fields}; leave it out, or use 'top_k'.")
@@ -147,7 +184,15 @@ class RouterSpec:
 ROUTER_OPTIONS: dict[str, tuple[str, Callable[[MoEConfig], bool]]] = {
     "correction_bias": ("balance_strategy='bias'", lambda config: config.balance_strategy == "bias"),
     "noise": ("router_noise", lambda config: config.router_noise != "none"),
+    "structure": (
+        "num_experts_per_layer, expert_intermediate_sizes and extra_experts",
+        lambda config: bool(config.num_experts_per_layer or config.expert_intermediate_sizes or config.extra_experts),
+    ),
     "groups": ("n_group and topk_group", lambda config: config.n_group is not None),
+    "expert_groups": (
+        "expert_groups without expert_group_prior",
+        lambda config: bool(config.expert_groups) and config.expert_group_prior is None,
+    ),
     "capacity": (
         "capacity_factor",
         lambda config: config.capacity_factor is not None or config.eval_capacity_factor is not None,

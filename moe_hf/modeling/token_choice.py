@@ -7,6 +7,7 @@ weights as they are), GLaM, Mixtral, V-MoE and Shazeer's noisy top-k (`router_no
 Letters: T tokens, E experts, K experts per token, R rows.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,14 +15,14 @@ from torch.nn import functional as F
 
 from .capacity import capacity_factor_in_force, fit_capacity
 from .configuration_moe import MoEConfig, MoEError
-from .routing import Argument, RouterSpec, Routing, RoutingContext, router_scores
+from .routing import Argument, RouterSpec, Routing, RoutingContext, router_scores, wide
 
 
 def choosing_scores(router_logits: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, torch.Tensor]:
     """The scores to choose experts by, and those to weight them by, (T, E) each.
 
     They differ in what is for choosing only: noise (unless `router_noise_affects="both"`), the correction bias
-    (https://huggingface.co/papers/2408.15664), and the limit to groups of experts, which rules experts out with
+    (https://huggingface.co/papers/2408.15664), and the limits to groups of experts, which rule experts out with
     -inf: after the bias all scores may be negative.
     """
     config = context.config
@@ -32,6 +33,8 @@ def choosing_scores(router_logits: torch.Tensor, context: RoutingContext) -> tup
             weighing = choosing
     if context.correction_bias is not None:
         choosing = choosing + context.correction_bias
+    if context.open_experts is not None:
+        choosing = choosing.masked_fill(~context.open_experts, -torch.inf)
     if config.n_group is not None:
         choosing = _limited_to_groups(choosing, config)
     return choosing, weighing
@@ -55,7 +58,9 @@ def _limited_to_groups(scores: torch.Tensor, config: MoEConfig) -> torch.Tensor:
 def top_k(router_logits: torch.Tensor, context: RoutingContext) -> Routing:
     """Each token takes the K experts with the highest scores.
 
-    The weights are the scores, divided by their sum with `norm_topk_prob`, times `routed_scaling_factor`.
+    The weights are the scores, divided by their sum with `norm_topk_prob`, times `routed_scaling_factor`. With
+    `weight_gradient=False` the router does not learn through them in training, only through its losses, as a policy does that is
+    trained by `policy_gradient_loss` and drawn from with `router_noise="gumbel"`.
 
     Source: Mixtral, section 2.1 (https://huggingface.co/papers/2401.04088); Switch Transformer, eq. 1-2
     (https://huggingface.co/papers/2101.03961); with sigmoid scores DeepSeek-V3, eq. 12-16
@@ -63,7 +68,30 @@ def top_k(router_logits: torch.Tensor, context: RoutingContext) -> Routing:
     """
     choosing, weighing = choosing_scores(router_logits, context)
     index = choosing.topk(context.config.num_experts_per_tok, dim=-1).indices  # (T, K)
-    return _weighted(index, None, choosing, weighing, context)
+    routing = _weighted(index, None, choosing, weighing, context)
+    if context.training and not context.arguments["weight_gradient"]:
+        routing = replace(routing, top_k_weights=routing.top_k_weights.detach())
+    if context.noise is not None and "policy_gradient_loss" in context.config.router_loss_coefs:
+        logits = wide(router_logits) / context.config.router_noise_scale
+        routing = replace(routing, log_prob=order_log_prob(logits, index))
+    return routing
+
+
+def order_log_prob(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Logarithm of the probability to draw experts in this order without replacement, (T,): Plackett and Luce.
+
+    Each is drawn from the softmax of those that are left, which is what the K highest of logits with gumbel noise are
+    (https://huggingface.co/papers/1903.06059).
+
+    Args:
+        logits (`torch.Tensor`): (T, E).
+        index (`torch.Tensor`): the experts, first drawn first, (T, K).
+    """
+    total = logits.new_zeros(len(logits))
+    for choice in index.split(1, dim=1):
+        total = total + (logits.gather(1, choice) - logits.logsumexp(-1, keepdim=True)).squeeze(1)
+        logits = logits.scatter(1, choice, -torch.inf)
+    return total
 
 
 def stochastic_top_k(router_logits: torch.Tensor, context: RoutingContext) -> Routing:
@@ -109,7 +137,7 @@ def top_p(router_logits: torch.Tensor, context: RoutingContext) -> Routing:
     """
     config, arguments = context.config, context.arguments
     choosing, weighing = choosing_scores(router_logits, context)
-    most = arguments["max_experts"] or config.num_experts
+    most = min(arguments["max_experts"] or config.num_experts, router_logits.shape[-1])
     probabilities, index = choosing.detach().topk(most, dim=-1)  # descending
     # An expert is used when those before it do not reach p.
     before = F.pad(probabilities.cumsum(-1)[:, :-1], (1, 0))
@@ -123,7 +151,37 @@ def top_p(router_logits: torch.Tensor, context: RoutingContext) -> Routing:
         top_k_index=index[token, choice][:, None],
         top_k_weights=weights[token, choice][:, None] * config.routed_scaling_factor,
         token_index=token,
-        stats={"experts_per_token": _mean_count(used, context)},
+        stats={"experts_per_token": mean_count(used, context)},
+    )
+
+
+def used_rows(
+    used: torch.Tensor,
+    weights: torch.Tensor,
+    context: RoutingContext,
+    observed: dict[str, torch.Tensor] | None = None,
+    log_prob: torch.Tensor | None = None,
+) -> Routing:
+    """Rows of one expert each from who uses whom, (T, E), and the experts' weights, (T, E).
+
+    The weights are divided by their sum over the used ones with `norm_topk_prob=True`, and multiplied by
+    `routed_scaling_factor`. The figures are of real tokens; padding may use experts too.
+    """
+    config = context.config
+    if config.norm_topk_prob:
+        weights = weights / (weights * used).sum(-1, keepdim=True).clamp_min(1e-20)
+    token, expert = used.nonzero(as_tuple=True)
+    if len(token) == 0:
+        # Experts are called all the same, so that their parameters get a gradient, of zero.
+        token, expert, weights = token.new_zeros(1), token.new_zeros(1), weights * 0
+    unused = mean_count(~used.any(-1, keepdim=True), context)
+    return Routing(
+        top_k_index=expert[:, None],
+        top_k_weights=weights[token, expert][:, None] * config.routed_scaling_factor,
+        token_index=token,
+        stats={"experts_per_token": mean_count(used, context), "unserved_share": unused},
+        log_prob=log_prob,
+        observed=observed or {},
     )
 
 
@@ -139,12 +197,12 @@ def _weighted(
     if capacity_factor_in_force(context) is not None:
         preferred = index if config.overflow_policy == "reroute" else None
         index, kept = fit_capacity(index, wanted, choosing, context)
-        asked = _mean_count(torch.ones_like(kept) if wanted is None else wanted, context)
-        stats["dropped_share"] = 1 - _mean_count(kept, context) / asked
+        asked = mean_count(torch.ones_like(kept) if wanted is None else wanted, context)
+        stats["dropped_share"] = 1 - mean_count(kept, context) / asked
     scores = used = weighing.gather(1, index)  # (T, K)
     if kept is not None:
         used = scores * kept
-        stats["experts_per_token"] = _mean_count(kept, context)
+        stats["experts_per_token"] = mean_count(kept, context)
     weights = used
     if config.norm_topk_prob:
         # An expert that takes over from a full one is among those that the sum is about.
@@ -154,7 +212,7 @@ def _weighted(
     return Routing(top_k_index=index, top_k_weights=weights, preferred_index=preferred, stats=stats)
 
 
-def _mean_count(used: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+def mean_count(used: torch.Tensor, context: RoutingContext) -> torch.Tensor:
     """How many of (T, K) choices are used per real token, a scalar."""
     count = used.sum(-1).float()
     mask = context.token_mask
@@ -193,8 +251,11 @@ THRESHOLD = Argument(0.2, "in (0, 1]", lambda v: isinstance(v, int | float) and 
 
 TOP_K = RouterSpec(
     top_k,
-    arguments={"renormalise": RENORMALISE},
-    options=frozenset({"noise", "groups", "capacity", "correction_bias"}),
+    arguments={
+        "renormalise": RENORMALISE,
+        "weight_gradient": Argument(True, "True or False", lambda v: isinstance(v, bool)),
+    },
+    options=frozenset({"noise", "groups", "capacity", "correction_bias", "expert_groups", "structure"}),
 )
 STOCHASTIC_TOP_K = RouterSpec(
     stochastic_top_k,
@@ -203,7 +264,7 @@ STOCHASTIC_TOP_K = RouterSpec(
         "threshold": THRESHOLD,
         "renormalise": RENORMALISE,
     },
-    options=frozenset({"noise", "capacity"}),
+    options=frozenset({"noise", "capacity", "structure"}),
     check=_check_stochastic,
 )
 TOP_P = RouterSpec(
@@ -213,6 +274,6 @@ TOP_P = RouterSpec(
         "min_experts": Argument(1, "a whole number >= 1", _is_count),
         "max_experts": Argument(None, "a whole number >= 1, or None for all", lambda v: v is None or _is_count(v)),
     },
-    options=frozenset({"noise"}),
+    options=frozenset({"noise", "structure"}),
     check=_check_top_p,
 )

@@ -122,7 +122,10 @@ class _Counter:
                 )
             index = output[2]
             if self.mask is not None:
-                index = index[self.mask if len(output) == 3 else self.mask[output[3]]]
+                # A router of sub-tokens has several rows per token.
+                mask = self.mask.repeat_interleave(len(output[0]) // len(self.mask))
+                token_index = output[3] if len(output) > 3 else None
+                index = index[mask if token_index is None else mask[token_index]]
             self.counts[self.domain, layer] += index.flatten().bincount(minlength=self.counts.shape[-1]).cpu()
 
         return count

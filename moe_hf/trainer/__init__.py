@@ -2,7 +2,12 @@
 
 from moe_hf.trainer.arguments import MoETrainingArguments
 from moe_hf.trainer.capacity_schedule import CapacitySchedule, CapacityScheduleCallback
-from moe_hf.trainer.expert_balance import ExpertBalanceCallback, start_counting, update_correction_bias
+from moe_hf.trainer.expert_balance import (
+    ExpertBalanceCallback,
+    start_counting,
+    update_correction_bias,
+    update_router_state,
+)
 from moe_hf.trainer.moe_trainer import MoETrainer
 
 
@@ -14,4 +19,5 @@ __all__ = [
     "MoETrainingArguments",
     "start_counting",
     "update_correction_bias",
+    "update_router_state",
 ]

@@ -77,6 +77,27 @@ def update_correction_bias(model: nn.Module, rate: float | None = None) -> None:
     reset_step_counts(model)
 
 
+@torch.no_grad()
+def update_router_state(model: nn.Module) -> None:
+    """Let routers that follow earlier batches (`RouterSpec.state`) take in those since the last update.
+
+    Call it after `optimizer.step()`, on all processes: what they observed is added up. `MoETrainer` calls it. A router
+    whose weight is frozen keeps its state.
+
+    Args:
+        model (`nn.Module`): the model, in whatever wrapping.
+    """
+    # Not hasattr: adapters' wrappers pass on what the wrapped router has.
+    routers = [module for module in model.modules() if vars(module).get("state_names")]
+    names = sorted({name for router in routers for name in router.observed})
+    zeros = {id(router): torch.zeros_like(getattr(router, router.state_names[0])) for router in routers}
+    observed = [router.observed.get(name, zeros[id(router)]) for router in routers for name in names]
+    totals = iter(sum_over_ranks(observed) if observed else ())
+    for router in routers:
+        total = {name: next(totals) for name in names}
+        router.update_state({} if _is_frozen(router) else total)
+
+
 def reset_step_counts(model: nn.Module) -> None:
     """Forget the choices counted so far, in every router that counts: a new optimizer step begins."""
     for module in model.modules():
@@ -193,7 +214,8 @@ class ExpertBalanceCallback(TrainerCallback):
         self._handles = start_counting(model)
 
     def on_optimizer_step(self, args, state, control, model: PreTrainedModel | None = None, **kwargs) -> None:
-        """Update the biases, where there are any, and forget the counts."""
+        """Update the biases, where there are any, and forget the counts; update what else routers keep."""
+        update_router_state(model)
         if _bias_owners(model):
             update_correction_bias(model, self.rate)
         else:

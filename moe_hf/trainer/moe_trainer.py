@@ -275,12 +275,13 @@ def _refuse_lost_router_losses(model: nn.Module, args: TrainingArguments, kwargs
 
 
 def _balance_experts(trainer: MoETrainer) -> None:
-    """Add the callback of a model that counts the choices of whole optimizer steps, unless it was given."""
+    """Add the callback of a model whose routers follow whole optimizer steps, unless it was given."""
     config = getattr(trainer.model, "config", None)
     has_bias = getattr(config, "balance_strategy", None) == "bias"
     counts_steps = getattr(config, "balance_loss_scope", None) == "global_batch"
     given = any(isinstance(callback, ExpertBalanceCallback) for callback in trainer.callback_handler.callbacks)
-    if (has_bias or counts_steps) and not given:
+    keeps_state = any(vars(module).get("state_names") for module in trainer.model.modules())
+    if (has_bias or counts_steps or keeps_state) and not given:
         trainer.add_callback(ExpertBalanceCallback())
 
 

@@ -57,10 +57,13 @@ def fill_blocks(
         for name, tensor in block_tensors(recipes, shared, config, site).items():
             _fill(block.get_parameter(name), tensor, pieces)
         if block.shared_expert_gate is not None:
-            nn.init.zeros_(block.shared_expert_gate.weight)
+            for parameter in block.shared_expert_gate.parameters():
+                nn.init.zeros_(parameter)
         sources = method.init.averaged(config)
         _copy_activation([activation_of(holders[source], sites[source]) for source in sources], block)
-        block.gate.weight.copy_(method.router_rows(site, config, hidden))
+        state = block.gate.state_dict()
+        for name, tensor in method.router_tensors(block.gate, site, config, hidden).items():
+            state[name].copy_(tensor)
 
 
 def _fill(target: torch.Tensor, tensor: BlockTensor, pieces: Sequence[Mapping[str, DensePiece]]) -> None:

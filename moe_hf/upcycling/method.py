@@ -13,8 +13,9 @@ import torch
 from moe_hf.errors import MoEError
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.dense_mlp import MLPSite
+from moe_hf.modeling.moe_block import Router
 from moe_hf.upcycling.initialisers import Copy, DenseLayer, Initialiser, make_initialiser
-from moe_hf.upcycling.recipes import ExpertRecipe
+from moe_hf.upcycling.recipes import ExpertRecipe, random_generator
 from moe_hf.upcycling.router_init import NormalRouter, RouterInit, RouterLayer, make_router_init
 
 
@@ -72,6 +73,27 @@ class UpcyclingMethod:
         Raises:
             MoEError: with what to change.
         """
+        if config.num_moe_heads > 1:
+            raise MoEError(
+                f"num_moe_heads={config.num_moe_heads} routes parts of tokens, and no dense MLP has experts of that width: "
+                "the logits would differ from the dense model's. Train such a model from the start, or leave it out."
+            )
+        for name in ("expert_intermediate_sizes", "extra_experts"):
+            if getattr(config, name):
+                raise MoEError(
+                    f"{name} gives experts that are not the dense MLP, so the logits would differ from the dense model's. "
+                    "Train such a model from the start, or leave it out."
+                )
+        if config.num_experts_per_layer and (self.init.shards > 1 or self.init.makes_shared_expert):
+            raise MoEError(
+                f"init={self.init.name!r} cuts the dense MLP into num_experts parts, and num_experts_per_layer gives layers "
+                "fewer: leave one of them out."
+            )
+        if config.router_arch != "linear" and not isinstance(self.router_init, NormalRouter):
+            raise MoEError(
+                f"router_init={self.router_init.name!r} gives the rows of a linear router, and router_arch is "
+                f"{config.router_arch!r}: leave one of them out."
+            )
         self.init.check(config)
         self.router_init.check(config, config.num_experts // self.init.shards)
         resolution = torch.finfo(dtype).eps
@@ -196,13 +218,15 @@ class UpcyclingMethod:
         )
         made = self.init.experts(layer, config)
         share = self._shared_share(config, site)
-        made, shared = made[: config.num_experts], made[config.num_experts :]
+        made, shared = made[: config.experts_of_layer(site.layer_index)], made[config.num_experts :]
         shared = shared[0] if shared else self._shared(config, site, share)
         if shared is not None and config.shared_expert_gate:
-            # A gate of zeros is sigmoid(0) = 0.5.
+            # A gate of zeros is sigmoid(0) = 0.5, or two coefficients of 0.5.
             shared = replace(shared, output_scale=2 * shared.output_scale, bias_scale=2 * shared.bias_scale)
         # A token's weights sum to the routed_scaling_factor.
         routed = (1 - share) / config.routed_scaling_factor
+        if config.shared_expert_gate == "softmax":
+            routed *= 2
         experts = [
             replace(
                 recipe,
@@ -231,13 +255,32 @@ class UpcyclingMethod:
         layer = RouterLayer(
             layer_index=site.layer_index,
             hidden_size=site.hidden_size,
-            groups=config.num_experts // self.init.shards,
+            groups=config.experts_of_layer(site.layer_index) // self.init.shards,
             config=config,
             seed=self.seed,
             hidden_states=seen.tokens,
             prompt_states=seen.prompts,
         )
         return self.router_init.rows(layer).repeat_interleave(self.init.shards, 0)
+
+    def router_tensors(
+        self, router: Router, site: MLPSite, config: MoEConfig, hidden_states: LayerStates | None = None
+    ) -> dict[str, torch.Tensor]:
+        """All that a layer's router has, by name, float32: its rows, and what else it has with no effect or random.
+
+        Args:
+            router (`Router`): of the MoE, on any device; only its names and shapes are read.
+        """
+        tensors = {name: torch.zeros(tensor.shape) for name, tensor in router.state_dict().items()}
+        for name in tensors.keys() & dict(router.named_parameters()).keys() - router.zero_parameters:
+            if name == "weight" and router.shapes[name] == ("E", "D"):
+                tensors[name] = self.router_rows(site, config, hidden_states)
+                continue
+            generator = random_generator(self.seed, site.layer_index, "router", name)
+            # An embedding of tasks is read in place of a normalised hidden state.
+            spread = 1.0 if name == "task_embedding" else tensors[name].shape[-1] ** -0.5
+            tensors[name] = spread * torch.randn(tensors[name].shape, generator=generator)
+        return tensors
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint's metadata; `from_dict` reads them, and the same ones give the same bytes."""

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moe_hf.errors import MoEError
+from moe_hf.modeling.routing_ids import example_ids
 from moe_hf.upcycling.on_disk.layerwise import load_layerwise
 
 
@@ -140,7 +141,8 @@ def _logits(
                     stack.enter_context(watch(model))
                 if index == len(batches) - 1:
                     stack.enter_context(observe(model))
-                logits.append(model(input_ids=batch.to(device), use_cache=False).logits.flatten().float().cpu())
+                ids = example_ids(model.config, len(batch), device)
+                logits.append(model(input_ids=batch.to(device), use_cache=False, **ids).logits.flatten().float().cpu())
     return torch.cat(logits)
 
 

@@ -103,6 +103,16 @@ REFUSED = {
     "sigmoid-mixtral": Case("llama", "mixtral", moe=SIGMOID, says="scoring_func='sigmoid'"),
     "softmax-glm4_moe": Case("llama", "glm4_moe", says="scoring_func='softmax'"),
     "scale-mixtral": Case("llama", "mixtral", moe={"routed_scaling_factor": 2.0}, says="no such factor"),
+    "cosine-mixtral": Case("llama", "mixtral", moe={"router_arch": "cosine"}, says="router_arch='cosine'"),
+    "fewer-experts-mixtral": Case(
+        "llama", "mixtral", moe={"num_experts_per_layer": [2, 4, 4]}, says=r"num_experts_per_layer=\[2, 4, 4\]"
+    ),
+    "softmax-gate-qwen2": Case(
+        "qwen2",
+        "qwen2_moe",
+        moe={"shared_expert_intermediate_size": 88, "shared_expert_gate": "softmax"},
+        says="shared_expert_gate='softmax'",
+    ),
     "bias-mixtral": Case("llama", "mixtral", moe={"balance_strategy": "bias"}, says="no bias for choosing"),
     "groups-glm4": Case("llama", "glm4_moe", moe=SIGMOID | {"n_group": 2, "topk_group": 1}, says="n_group=2"),
     "learned-noise-mixtral": Case(

@@ -32,16 +32,45 @@ def make_block(kind: str, **fields) -> MoEBlock:
 def reference_expert(experts: Experts, expert: int, token: torch.Tensor) -> torch.Tensor:
     """What one expert makes of one token, (D,) -> (D,)."""
     first = "gate_up_proj" if experts.has_gate else "up_proj"
+    widths = getattr(experts, "widths", None)
+    width = experts.down_proj.shape[-1] if widths is None else widths[expert]
     hidden = getattr(experts, first)[expert] @ token
     if experts.has_bias:
         hidden = hidden + getattr(experts, f"{first}_bias")[expert]
     if experts.has_gate:
         gate, up = hidden.chunk(2)
-        hidden = experts.act_fn(gate) * up
+        hidden = experts.act_fn(gate[:width]) * up[:width]
     else:
-        hidden = experts.act_fn(hidden)
-    hidden = experts.down_proj[expert] @ hidden
+        hidden = experts.act_fn(hidden[:width])
+    hidden = experts.down_proj[expert][:, :width] @ hidden
     return hidden + experts.down_proj_bias[expert] if experts.has_bias else hidden
+
+
+def reference_extra_expert(block: MoEBlock, place: int, sequence: torch.Tensor) -> torch.Tensor:
+    """What the extra expert at `place` makes of the last token of a sequence (n, D), -> (D,)."""
+    kind, expert, token = block.gate.config.extra_experts[place], block.extra_experts[place], sequence[-1]
+    if kind == "zero":
+        return torch.zeros_like(token)
+    if kind == "copy":
+        return token
+    if kind == "constant":
+        kept, replaced = (expert.mix_weight @ token).softmax(0)
+        return kept * token + replaced * expert.value
+    latest_first = sequence.flip(0)[: len(expert.weight)]
+    return sum(weight * value for weight, value in zip(expert.weight, latest_first, strict=False))
+
+
+def reference_shared(block: MoEBlock, token: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
+    """The routed experts' output for one token and the shared expert's, together, (D,)."""
+    shared, gate = block.shared_expert, block.shared_expert_gate
+    hidden = shared.act_fn(shared.gate_proj.weight @ token) * (shared.up_proj.weight @ token)
+    output = shared.down_proj.weight @ hidden
+    if gate is None:
+        return routed + output
+    if len(gate.weight) == 1:
+        return routed + output / (1 + (-gate.weight[0] @ token).exp())
+    first, second = (gate.weight @ token + gate.bias).exp()
+    return (first * routed + second * output) / (first + second)
 
 
 def reference_moe(block: MoEBlock, tokens: torch.Tensor) -> torch.Tensor:

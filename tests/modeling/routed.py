@@ -16,6 +16,7 @@ def context_of(logits: torch.Tensor, training: bool = False, known: dict[str, An
     config = MoEConfig(text_config=tiny_config("llama"), num_experts=logits.shape[-1], **fields)
     spec = router_spec(config)
     known = {"batch_size": 1, "sequence_length": len(logits)} | (known or {})
+    known.setdefault("state", {name: torch.zeros(logits.shape[-1]) for name in spec.state})
     context = RoutingContext(
         config=config,
         layer_index=0,

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from examples import convolution_expert  # noqa: F401 - importing it registers the expert
 from moe_hf import MoEConfig, MoEForCausalLM
+from moe_hf.modeling.experts import Experts
 from moe_hf.modeling.moe_block import Router
 from tests.tiny_models import randomise_, tiny_config
 
@@ -33,6 +35,11 @@ def at_most_one(total: torch.Tensor, config: MoEConfig) -> bool:
     return bool((total <= 1 + 1e-5).all() and (total < 0.999).any() and (total >= 0).all())
 
 
+def whole(total: torch.Tensor, config: MoEConfig) -> bool:
+    """The weights of a token are ones, not equally many for all tokens."""
+    return bool(((total - total.round()).abs() < 1e-5).all() and total.max() > total.min())
+
+
 def one_or_none(total: torch.Tensor, config: MoEConfig) -> bool:
     """The weights of a token sum to 1, or, when all of its choices were dropped, to 0."""
     return bool(((total - 1).abs() < 1e-5).logical_or(total == 0).all())
@@ -48,9 +55,12 @@ class RouterCase:
         draws: whether training draws random numbers; evaluation never does.
         counts_tokens: whether, in training, a token's experts depend on how many tokens its sequence has.
         leaks_in_training: whether, in training, later tokens change earlier ones; then `allow_noncausal_routing` is set.
+        leaks_always: whether they do in evaluation too, so that generating is refused.
+        learns_from_reward: whether the router has a gradient from the rewards of predictions alone.
         refuses_cache: whether decoding with a cache is refused.
         weights_sum: what the weights of a token sum to, in training.
         compiles: whether the model compiles as one graph.
+        merges: whether experts' weights are mixed, and not their outputs.
         upcycles_exactly: whether copies of a dense MLP give the dense model, in evaluation.
     """
 
@@ -59,9 +69,12 @@ class RouterCase:
     draws: bool = False
     counts_tokens: bool = False
     leaks_in_training: bool = False
+    leaks_always: bool = False
+    learns_from_reward: bool = False
     refuses_cache: bool = False
     weights_sum: Callable[[torch.Tensor, MoEConfig], bool] = one
     compiles: bool = False
+    merges: bool = False
     upcycles_exactly: bool = True
 
     def config(self, layers: int = 3) -> MoEConfig:
@@ -77,17 +90,24 @@ class RouterCase:
 
 
 def set_bias(model: nn.Module) -> nn.Module:
-    """Give the routers in `model` the correction bias `BIAS`, where their configuration asks for one."""
+    """Give the routers in `model` `BIAS` for the correction bias and for the state that they keep, where they have them.
+
+    Experts get back the zeros that narrower ones are padded with.
+    """
     for router in model.modules():
+        if isinstance(router, Experts):
+            router.zero_padding_()
         if isinstance(router, Router) and router.e_score_correction_bias is not None:
             router.e_score_correction_bias.copy_(BIAS)
+        for name in router.state_names if isinstance(router, Router) else ():
+            getattr(router, name).copy_(BIAS)
     return model
 
 
 def _open_experts(scores: list[float], config: MoEConfig) -> list[int]:
-    """The experts of the best groups; all without groups."""
+    """The experts of the best groups; without groups all that the token's ids do not close, which scores exactly 0."""
     if config.n_group is None:
-        return list(range(len(scores)))
+        return [e for e, score in enumerate(scores) if score > 0 or not config.expert_groups]
     size = len(scores) // config.n_group
     groups = [list(range(g * size, (g + 1) * size)) for g in range(config.n_group)]
 
@@ -116,7 +136,7 @@ def top_k(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> C
     result: Choices = [[] for _ in scores]
     after = config.router_kwargs.get("renormalise") == "after" or config.overflow_policy == "reroute"
     for group in groups:
-        slots = [len(scores)] * config.num_experts
+        slots = [len(scores)] * scores.shape[-1]
         if config.capacity_factor is not None:
             slots = [_capacity(group, config)] * config.num_experts
         for token in group:
@@ -177,9 +197,66 @@ def top_p(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> C
     return result
 
 
+def segments(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
+    """Every expert, by the mean logits of the previous segment; the logarithms of softmax scores do for logits."""
+    experts, length = range(config.num_experts), config.router_kwargs["segment_length"]
+    result: Choices = [[] for _ in scores]
+    for group in groups:
+        mixture = torch.full_like(scores[0], 1 / config.num_experts)
+        for first in range(0, len(group), length):
+            segment = group[first : first + length]
+            for token in segment:
+                result[token] = [(e, mixture[e]) for e in experts]
+            # Softmax takes no notice of the constant that a logarithm of scores differs from a logit by.
+            mixture = torch.stack([scores[token].log() for token in segment]).mean(0).softmax(0)
+    return result
+
+
+def prioritized(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
+    """First choices before second ones, and among them those of tokens with a higher best score first."""
+    best = scores.max(-1).values.tolist()
+    return choice_major(scores, [sorted(group, key=best.__getitem__, reverse=True) for group in groups], config)
+
+
+def expert_choice(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
+    """Every expert takes its best tokens of each group."""
+    result: Choices = [[] for _ in scores]
+    for group in groups:
+        capacity = math.ceil(config.num_experts_per_tok * len(group) / config.num_experts)
+        for expert in range(config.num_experts):
+            column = scores[:, expert].tolist()
+            for token in sorted(group, key=column.__getitem__, reverse=True)[:capacity]:
+                result[token].append((expert, scores[token, expert]))
+    return result
+
+
+def expert_threshold(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
+    """Every expert takes the tokens that score at least its threshold."""
+    bars = (BIAS + 1 / config.num_experts).tolist()
+    return [[(e, row[e]) for e, bar in enumerate(bars) if row[e] >= bar] for row in scores]
+
+
+def dense(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
+    """Every expert; with a margin, those that did not have more than the mean by it."""
+    over = BIAS - BIAS.mean()
+    margin = config.router_kwargs.get("margin", math.inf)
+    chosen = [e for e in range(config.num_experts) if over[e] <= margin]
+    return [_weigh(chosen, chosen, row, config) for row in scores]
+
+
+def open_gates(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
+    """Every expert whose gate is more likely open than closed, unweighted."""
+    return [[(e, torch.ones(())) for e in range(config.num_experts) if row[e] > 0.5] for row in scores]
+
+
 TIGHT = {"capacity_factor": 0.6, "min_expert_capacity": 1}
 GROUPS = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
+LANGUAGES = {"language": [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]]}
+MODALITIES = {"modality": [[1, 3, 4, 5, 7], [0, 1, 2, 3, 4, 5, 6, 7], [0, 2, 3, 4, 6]]}
 STOCHASTIC = {"router_type": "stochastic_top_k"}
+NONCAUSAL = {"allow_noncausal_routing": True}
+GATES = {"router_type": "bernoulli", "scoring_func": "sigmoid"}
+EVERY = {"num_experts_per_tok": NUM_EXPERTS, "router_aux_loss_coef": 0.0}
 
 CASES: dict[str, RouterCase] = {
     "top_k": RouterCase({}, top_k, compiles=True),
@@ -191,9 +268,39 @@ CASES: dict[str, RouterCase] = {
     "groups_sigmoid": RouterCase({"scoring_func": "sigmoid", **GROUPS}, top_k, compiles=True),
     "groups_softmax": RouterCase(GROUPS, top_k),
     "bias": RouterCase({"balance_strategy": "bias"}, top_k),
+    "mlp": RouterCase({"router_arch": "mlp"}, top_k),
+    "cosine": RouterCase(
+        {"router_arch": "cosine", "router_arch_kwargs": {"hidden_size": 5, "temperature": 0.1}}, top_k
+    ),
+    "attention": RouterCase({"router_arch": "attention"}, top_k, compiles=True),
+    "multi_head": RouterCase({"num_moe_heads": 3}, top_k, compiles=True, upcycles_exactly=False),
+    "multi_head_capacity": RouterCase(
+        {"num_moe_heads": 2, "router_arch": "cosine", "capacity_factor": 0.6, "min_expert_capacity": 1},
+        top_k,
+        counts_tokens=True,
+        weights_sum=at_most_one,
+        upcycles_exactly=False,
+    ),
     "deepseek_v3": RouterCase(
         {"scoring_func": "sigmoid", "balance_strategy": "bias", "routed_scaling_factor": 2.5, **GROUPS}, top_k
     ),
+    "task": RouterCase({"routing_level": "task", "num_tasks": 3}, top_k, compiles=True),
+    "task_top_p": RouterCase(
+        {"routing_level": "task", "num_tasks": 3, "router_type": "top_p"},
+        top_p,
+        weights_sum=at_most_one,
+        upcycles_exactly=False,
+    ),
+    "router_per_task": RouterCase({"num_tasks": 3, "router_per_task": True}, top_k, compiles=True),
+    "expert_groups": RouterCase({"expert_groups": LANGUAGES | MODALITIES}, top_k, compiles=True),
+    "expert_groups_sigmoid_capacity": RouterCase(
+        TIGHT | {"expert_groups": LANGUAGES, "scoring_func": "sigmoid", "overflow_policy": "reroute"},
+        top_k,
+        counts_tokens=True,
+        weights_sum=one_or_none,
+    ),
+    "expert_group_prior": RouterCase({"expert_groups": LANGUAGES, "expert_group_prior": 0.7}, top_k),
+    "prefix": RouterCase({"routing_level": "prefix"}, top_k, refuses_cache=True, compiles=True),
     "jitter": RouterCase({"router_jitter_noise": 0.3}, top_k, draws=True),
     "gaussian": RouterCase({"router_noise": "gaussian", "router_noise_scale": 8.0}, top_k, draws=True),
     "uniform": RouterCase({"router_noise": "uniform"}, top_k, draws=True),
@@ -255,6 +362,17 @@ CASES: dict[str, RouterCase] = {
         counts_tokens=True,
         weights_sum=at_most_one,
     ),
+    "segment_merge": RouterCase(
+        {
+            "router_type": "segment_merge",
+            "num_experts_per_tok": NUM_EXPERTS,
+            "router_aux_loss_coef": 0.0,
+            "router_kwargs": {"segment_length": 3},
+        },
+        segments,
+        refuses_cache=True,
+        merges=True,
+    ),
     "top_p": RouterCase({"router_type": "top_p"}, top_p, weights_sum=at_most_one, upcycles_exactly=False),
     "top_p_limits": RouterCase(
         {"router_type": "top_p", "router_kwargs": {"top_p": 0.7, "min_experts": 2, "max_experts": 3}},
@@ -268,6 +386,78 @@ CASES: dict[str, RouterCase] = {
         top_p,
         draws=True,
         weights_sum=at_most_one,
+        upcycles_exactly=False,
+    ),
+    "batch_prioritized": RouterCase(
+        TIGHT | NONCAUSAL | {"capacity_order": "batch_prioritized"},
+        prioritized,
+        counts_tokens=True,
+        leaks_in_training=True,
+        weights_sum=at_most_one,
+    ),
+    "expert_choice": RouterCase(
+        {"router_type": "expert_choice", **NONCAUSAL},
+        expert_choice,
+        counts_tokens=True,
+        leaks_always=True,
+        weights_sum=at_most_one,
+        upcycles_exactly=False,
+    ),
+    "expert_threshold": RouterCase(
+        {"router_type": "expert_threshold"}, expert_threshold, weights_sum=at_most_one, upcycles_exactly=False
+    ),
+    "dense": RouterCase({"router_type": "dense", **EVERY}, dense, compiles=True),
+    "dense_margin": RouterCase({"router_type": "dense_margin", **EVERY, "router_kwargs": {"margin": 0.15}}, dense),
+    "bernoulli": RouterCase(GATES, open_gates, draws=True, weights_sum=whole, upcycles_exactly=False),
+    "bernoulli_reinforce": RouterCase(
+        {
+            **GATES,
+            "router_loss_coefs": {"policy_gradient_loss": 0.1, "sparsity_loss": 0.1, "gate_variance_loss": 0.1},
+            "router_kwargs": {"estimator": "reinforce"},
+        },
+        open_gates,
+        draws=True,
+        learns_from_reward=True,
+        weights_sum=whole,
+        upcycles_exactly=False,
+    ),
+    "policy": RouterCase(
+        {
+            "router_noise": "gumbel",
+            "router_loss_coefs": {"policy_gradient_loss": 0.1},
+            "router_kwargs": {"weight_gradient": False},
+        },
+        top_k,
+        draws=True,
+        learns_from_reward=True,
+    ),
+    "pyramid": RouterCase({"num_experts_per_layer": [4, 6, 8]}, top_k),
+    "widths": RouterCase(
+        {"expert_intermediate_sizes": [88, 40, 64, 24, 88, 16, 8, 48]}, top_k, compiles=True, upcycles_exactly=False
+    ),
+    "shared_sigmoid": RouterCase(
+        {"shared_expert_intermediate_size": 88, "shared_expert_gate": True}, top_k, compiles=True
+    ),
+    "residual_softmax": RouterCase(
+        {"shared_expert_intermediate_size": 88, "shared_expert_gate": "softmax"}, top_k, compiles=True
+    ),
+    "extra_experts": RouterCase(
+        {"extra_experts": ["constant", "zero", "copy", "constant"], "num_experts_per_tok": 3},
+        top_k,
+        compiles=True,
+        upcycles_exactly=False,
+    ),
+    "extra_experts_top_p": RouterCase(
+        {"router_type": "top_p", "extra_experts": ["copy", "zero", "constant"]},
+        top_p,
+        weights_sum=at_most_one,
+        upcycles_exactly=False,
+    ),
+    "convolution": RouterCase(
+        {"extra_experts": ["copy", "causal_convolution"], "num_experts": 4, "num_experts_per_tok": 3},
+        top_k,
+        refuses_cache=True,
+        compiles=True,
         upcycles_exactly=False,
     ),
 }

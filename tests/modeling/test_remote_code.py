@@ -42,7 +42,9 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize(("family", "fields"), [("llama", {"balance_strategy": "bias"}), ("opt", {})])
+@pytest.mark.parametrize(
+    ("family", "fields"), [("llama", {"balance_strategy": "bias", "router_arch": "cosine"}), ("opt", {})]
+)
 def test_code_travels_with_the_model(family, fields, tmp_path):
     model = upcycle(tiny_dense(family), num_experts=4, noise=0.3, **fields)
     for name, buffer in model.named_buffers():

@@ -1,5 +1,7 @@
 """What holds for every router with every option (`router_properties.CASES`), and what they declare not to hold."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -7,11 +9,19 @@ from torch.autograd import gradcheck
 from moe_hf import MoEConfig, MoEError, upcycle
 from moe_hf.finetuning.scopes import scope_parameter_names
 from moe_hf.modeling.capacity import expert_capacity
+from moe_hf.modeling.experts import Experts
 from moe_hf.modeling.modeling_moe import MoEForCausalLM
-from moe_hf.modeling.moe_block import MoEBlock, RoutingPass, routing_pass
+from moe_hf.modeling.moe_block import MoEBlock, routing_pass
 from moe_hf.modeling.routers import ROUTERS
 from moe_hf.modeling.routing import router_scores
-from tests.modeling.reference import in_float64, make_block, reference_expert
+from tests.modeling.reference import (
+    in_float64,
+    make_block,
+    reference_expert,
+    reference_extra_expert,
+    reference_shared,
+)
+from tests.modeling.router_inputs import block_pass, given_ids, make_logits_huge_, naive_logits
 from tests.modeling.router_properties import CASES, NUM_EXPERTS, RouterCase, set_bias
 from tests.tiny_models import random_ids, tiny_dense
 
@@ -37,6 +47,7 @@ def model_of(name: str) -> MoEForCausalLM:
 @torch.no_grad()
 def logits(model, ids, *, training: bool = False, **kwargs) -> torch.Tensor:
     torch.manual_seed(5)
+    kwargs |= given_ids(model.config, ids, kwargs.get("position_ids"))
     return model.train(training)(ids, use_cache=False, **kwargs).logits
 
 
@@ -47,11 +58,23 @@ def close(actual, expected) -> bool:
 def block_of(case: RouterCase, seed: int = 0) -> tuple[MoEBlock, torch.Tensor]:
     """A block with random weights and (2, 12, D) tokens for it."""
     block = make_block("gated", **{"num_experts": NUM_EXPERTS, **case.fields})
+    if block.gate.config.router_arch == "attention":
+        # Experts that attend to the same one alone have equal logits: a tie.
+        block.gate.key_weight.data.mul_(0.1)
     return set_bias(block), torch.randn(2, 12, 48, generator=torch.Generator().manual_seed(seed))
 
 
+def routed_by(block: MoEBlock, tokens: torch.Tensor) -> torch.Tensor:
+    """What the router of `block` gets for (B, S, D) tokens: the tokens, or their parts, one after the other."""
+    flat = tokens.flatten(0, 1)
+    if block.multi_head is None:
+        return flat
+    projected = [block.multi_head.head_proj.weight @ token + block.multi_head.head_proj.bias for token in flat]
+    return torch.stack([part for token in projected for part in token.chunk(block.multi_head.heads)])
+
+
 def in_sequences(block: MoEBlock, tokens: torch.Tensor) -> torch.Tensor:
-    with routing_pass(RoutingPass(*tokens.shape[:2])):
+    with routing_pass(block_pass(block.gate.config, *tokens.shape[:2])):
         return block(tokens)
 
 
@@ -72,7 +95,7 @@ def test_changing_later_tokens_changes_nothing_before(name, training):
         now = logits(model, changed, training=training)
         same &= close(now[:, :place], full[:, :place])
         assert not close(now[:, place:], full[:, place:])
-    assert same != (case.leaks_in_training and training)
+    assert same != (case.leaks_always or (case.leaks_in_training and training))
 
 
 @without_draws
@@ -82,7 +105,7 @@ def test_cutting_later_tokens_changes_nothing_before(name, training):
     full = logits(model, ids, training=training)
     same = all(close(logits(model, ids[:, :cut], training=training), full[:, :cut]) for cut in (1, 7, 19))
     # A capacity factor counts the tokens of the sequence; in evaluation it is off unless it has a value of its own.
-    assert same != (case.counts_tokens and (training or case.refuses_cache))
+    assert same != (case.counts_tokens and (training or case.refuses_cache or case.leaks_always))
 
 
 @without_draws
@@ -126,6 +149,11 @@ def test_cached_decoding_equals_the_full_forward_or_is_refused(name):
     case, model = CASES[name], model_of(name).eval()
     ids = random_ids(2, 8)
     settings = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    settings |= given_ids(model.config, ids)
+    if case.leaks_always:
+        with pytest.raises(MoEError, match="cannot generate"):
+            model.generate(ids, **settings)
+        return
     if case.refuses_cache:
         with pytest.raises(MoEError, match="use_cache=False"):
             model.generate(ids, **settings)
@@ -146,7 +174,7 @@ def test_training_draws_only_where_declared_and_evaluation_never(name):
     for training in (False, True):
         model.train(training)
         with torch.no_grad():
-            first, second = model(ids).logits, model(ids).logits
+            first, second = (model(ids, **given_ids(model.config, ids)).logits for _ in range(2))
         assert torch.equal(first, second) != (case.draws and training)
 
 
@@ -154,41 +182,54 @@ def test_training_draws_only_where_declared_and_evaluation_never(name):
 def test_choices_are_valid_and_conserved_and_weights_sum_as_documented(name):
     case = CASES[name]
     block, tokens = block_of(case)
-    config, flat = block.gate.config, tokens.flatten(0, 1)
-    with routing_pass(RoutingPass(2, 12, record=True)) as current:
-        _, weights, index, *rest = block.train().gate(flat)
-    stats, count = current.layers[0].routing.stats, len(flat)
-    token = rest[0] if rest else torch.arange(count).repeat_interleave(index.shape[1])
+    config, flat = block.gate.config, routed_by(block, tokens)
+    with routing_pass(block_pass(block.gate.config, 2, 12, record=True)) as current:
+        _, weights, index, *_ = block.train().gate(flat)
+    routing, count = current.layers[0].routing, len(flat)
+    stats, token = routing.stats, routing.token_index
+    varies = token is not None
+    token = token if varies else torch.arange(count).repeat_interleave(index.shape[1])
     weights, index = weights.flatten(), index.flatten()
-    assert index.min() >= 0 and index.max() < NUM_EXPERTS
+    assert index.min() >= 0 and index.max() < len(block.gate.weight)
     assert len(torch.stack([token, index]).unique(dim=1).T) == len(index), "a token uses an expert twice"
     assert case.weights_sum(torch.zeros(count).index_add(0, token, weights.detach()), config)
     used = weights > 0
     per_token = float(stats.get("experts_per_token", torch.tensor(float(config.num_experts_per_tok))))
     assert int(used.sum()) == round(per_token * count)
-    if not rest:
+    if not varies:
         assert len(index) == config.num_experts_per_tok * count
         asked = per_token / (1 - float(stats.get("dropped_share", 0)))
         assert asked == pytest.approx(config.num_experts_per_tok) or config.router_type == "stochastic_top_k"
     if config.capacity_factor is not None:
         assert stats["dropped_share"] > 0 or config.overflow_policy == "reroute"
-        limit = int(expert_capacity(torch.tensor(12), config, config.capacity_factor))
-        for sequence in (token < 12, token >= 12):
+        length = count // 2
+        limit = int(expert_capacity(torch.tensor(length), config, config.capacity_factor))
+        for sequence in (token < length, token >= length):
             assert index[sequence & used].bincount().max() <= limit
 
 
 def mixture(case: RouterCase) -> torch.Tensor:
     """The weight of every expert for every token in training, (T, E)."""
     block, tokens = block_of(case)
-    with routing_pass(RoutingPass(2, 12)), torch.no_grad():
-        _, weights, index, *rest = block.train().gate(tokens.flatten(0, 1))
-    token = rest[0] if rest else torch.arange(24)
-    return torch.zeros(24, NUM_EXPERTS).index_put((token[:, None].expand_as(index), index), weights)
+    with routing_pass(block_pass(block.gate.config, 2, 12, record=True)) as current, torch.no_grad():
+        scores, weights, index, *_ = block.train().gate(routed_by(block, tokens))
+    count, token = len(scores), current.layers[0].routing.token_index
+    token = torch.arange(count) if token is None else token
+    return torch.zeros(scores.shape).index_put((token[:, None].expand_as(index), index), weights)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "top_k"])
 def test_every_option_does_something(name):
-    assert (mixture(CASES[name]) - mixture(CASES["top_k"])).abs().max() > 0.01
+    mixed, plain = mixture(CASES[name]), mixture(CASES["top_k"])
+    changes_weights = mixed.shape != plain.shape or (mixed - plain).abs().max() > 0.01
+    outputs = [in_sequences(*block_of(CASES[case])) for case in (name, "top_k")]
+    assert changes_weights or (outputs[0] - outputs[1]).abs().max() > 0.01
+
+
+def merged(experts: Experts, choices: list) -> SimpleNamespace:
+    """One expert whose weights are the mixture of those chosen."""
+    tensors = {name: sum(w * tensor[e] for e, w in choices)[None] for name, tensor in experts.named_parameters()}
+    return SimpleNamespace(has_gate=experts.has_gate, has_bias=experts.has_bias, act_fn=experts.act_fn, **tensors)
 
 
 def reference_output(block: MoEBlock, tokens: torch.Tensor, case: RouterCase, training: bool) -> torch.Tensor:
@@ -196,15 +237,31 @@ def reference_output(block: MoEBlock, tokens: torch.Tensor, case: RouterCase, tr
     config = block.gate.config
     if not training:
         config = MoEConfig.from_dict(config.to_dict() | {"capacity_factor": config.eval_capacity_factor})
-    batch, length = tokens.shape[:2]
-    flat = tokens.flatten(0, 1)
-    scores = router_scores(flat @ block.gate.weight.T, config.scoring_func)
+    batch, flat = tokens.shape[0], routed_by(block, tokens)
+    length = len(flat) // batch
+    scores = router_scores(naive_logits(block.gate, flat, batch), config.scoring_func)
     groups = [list(range(row * length, (row + 1) * length)) for row in range(batch)]
     outputs = []
-    for token, choices in zip(flat, case.reference(scores, groups, config), strict=True):
-        terms = [weight * reference_expert(block.experts, expert, token) for expert, weight in choices]
+    for place, (token, choices) in enumerate(zip(flat, case.reference(scores, groups, config), strict=True)):
+        if case.merges:
+            outputs.append(reference_expert(merged(block.experts, choices), 0, token))
+            continue
+        mlps = block.experts.num_experts
+        routed = [(expert, weight) for expert, weight in choices if expert < mlps]
+        extra = [(expert - mlps, weight) for expert, weight in choices if expert >= mlps]
+        terms = [weight * reference_expert(block.experts, expert, token) for expert, weight in routed]
+        before = flat[place - place % length : place + 1]
+        terms += [weight * reference_extra_expert(block, expert, before) for expert, weight in extra]
         outputs.append(sum(terms, torch.zeros_like(token)))
-    return torch.stack(outputs).view_as(tokens)
+        if block.shared_expert is not None:
+            outputs[-1] = reference_shared(block, token, outputs[-1])
+    if block.multi_head is None:
+        return torch.stack(outputs).view_as(tokens)
+    merge = block.multi_head.merge_proj
+    joined = [
+        torch.cat(outputs[first : first + config.num_moe_heads]) for first in range(0, len(flat), config.num_moe_heads)
+    ]
+    return torch.stack([merge.weight @ token + merge.bias for token in joined]).view_as(tokens)
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -243,7 +300,7 @@ def test_gradients_are_those_of_finite_differences(name):
     block, _ = block_of(case)
     block.double().train(not case.draws)
     tokens = torch.randn(1, 4, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    gaps = (tokens[0] @ block.gate.weight.T).sort(-1).values.diff()
+    gaps = naive_logits(block.gate, routed_by(block, tokens), 1).sort(-1).values.diff()
     assert gaps.min() > 1e-3, "a tie would make the function discontinuous"
     assert gradcheck(lambda x: in_sequences(block, x), tokens.requires_grad_(), eps=1e-6, atol=1e-6, fast_mode=True)
 
@@ -256,7 +313,7 @@ def test_gradient_checkpointing_draws_the_same_and_changes_nothing(name):
     def step():
         model.zero_grad()
         torch.manual_seed(9)
-        output = model(ids, labels=ids)
+        output = model(ids, labels=ids, **given_ids(model.config, ids))
         output.loss.backward()
         return output, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -288,16 +345,19 @@ def test_upcycled_copies_equal_the_dense_model_or_upcycling_says_that_they_canno
 def test_logits_of_70000_stay_finite_in_half_precision(name, dtype):
     block, tokens = block_of(CASES[name])
     with torch.no_grad():
-        block.gate.weight[:, 0] = torch.linspace(-1, 1, NUM_EXPERTS) * 7_000
-        tokens[..., 0] = 10.0
+        make_logits_huge_(block, tokens)
     block, tokens = block.to(dtype).train(), tokens.to(dtype).requires_grad_()
-    with routing_pass(RoutingPass(2, 12, record=True)) as current:
+    with routing_pass(block_pass(block.gate.config, 2, 12, record=True)) as current:
         output = block(tokens)
-    assert current.layers[0].router_logits.abs().max() > 69_000
+    # Cosines are bounded.
+    assert block.gate.config.router_arch == "cosine" or current.layers[0].router_logits.abs().max() > 69_000
     (1e-3 * output.float()).sum().backward()
     assert output.dtype == dtype and torch.isfinite(output).all() and torch.isfinite(tokens.grad).all()
     for parameter_name, parameter in block.named_parameters():
-        assert torch.isfinite(parameter.grad).all(), parameter_name
+        if CASES[name].learns_from_reward and parameter is block.gate.weight:
+            assert parameter.grad is None
+        else:
+            assert torch.isfinite(parameter.grad).all(), parameter_name
 
 
 @every_case
@@ -322,7 +382,8 @@ def test_compiles_as_one_graph(name, implementation):
     model = CASES[name].model(layers=1).train()
     model.set_experts_implementation(implementation)
     ids = random_ids(2, 10)
-    expected = model(ids, labels=ids)
-    actual = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, labels=ids)
+    more = given_ids(model.config, ids)
+    expected = model(ids, labels=ids, **more)
+    actual = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, labels=ids, **more)
     assert torch.allclose(actual.loss, expected.loss, atol=1e-5)
     assert torch.allclose(actual.logits, expected.logits, atol=1e-4)

@@ -44,6 +44,13 @@ INITS = {
     "split, k-means": Split(by="kmeans"),
 }
 FIELDS = {
+    "cosine router": {"router_arch": "cosine"},
+    "fewer experts below, gated by softmax": {
+        "num_experts_per_layer": [2, 4, 4],
+        "shared_expert_intermediate_size": 88,
+        "shared_expert_gate": "softmax",
+    },
+    "tasks": {"routing_level": "task", "num_tasks": 3},
     "bias and learned noise": {"balance_strategy": "bias", "router_noise": "learned", "router_noise_affects": "both"},
     "shared expert": {"shared_expert_intermediate_size": 88, "shared_expert_gate": True, "shared_share": 0.25},
     "narrow shared expert, noise": {"shared_expert_intermediate_size": 40, "noise": 0.1},

@@ -116,13 +116,12 @@ class WeightStream:
             hidden_states=hidden,
             act_fn=self.dense[0].activation(sites[0]),
         )
-        small = {"gate.weight": method.router_rows(sites[0], config, hidden)}
         module = self.moe.base_model.get_submodule(sites[0].block)
-        # What a router has besides its weight starts at zero, as in memory.
-        others = {name: tensor for name, tensor in module.gate.state_dict().items() if name != "weight"}
-        small |= {f"gate.{name}": torch.zeros(tensor.shape) for name, tensor in others.items()}
+        router = method.router_tensors(module.gate, sites[0], config, hidden)
+        small = {f"gate.{name}": tensor for name, tensor in router.items()}
         if module.shared_expert_gate is not None:
-            small["shared_expert_gate.weight"] = torch.zeros(module.shared_expert_gate.weight.shape)
+            zeros = module.shared_expert_gate.state_dict().items()
+            small |= {f"shared_expert_gate.{name}": torch.zeros(tensor.shape) for name, tensor in zeros}
         small |= self._activation(sites)
         self._described = block, (block_tensors(recipes, shared, config, sites[0]), small)
         return self._described[1]

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from moe_hf.errors import MoEError
+from moe_hf.modeling.config_checks import beyond_plain_blocks
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.dense_mlp import (
     MLPSite,
@@ -45,6 +46,15 @@ def check_surgery_model(model: MoEForCausalLM) -> None:
         raise MoEError(
             f"The model is a {type(model).__name__}; it must be a MoEForCausalLM of moe_hf. Unwrap or merge adapters first, "
             "and load checkpoints with moe_hf imported and without trust_remote_code."
+        )
+    config = model.config
+    more = [field for field in beyond_plain_blocks(config) if not field.startswith("router_type")]
+    more += ["balance_strategy='bias'"] * (config.balance_strategy == "bias")
+    more += ["router_noise='learned'"] * (config.router_noise == "learned")
+    if more:
+        raise MoEError(
+            f"The model has {', '.join(more)}: its routers or blocks hold more than equal experts and a row for each, which "
+            "these operations do not move along."
         )
     for name, parameter in model.named_parameters():
         if parameter.is_meta or isinstance(parameter, DTensor):

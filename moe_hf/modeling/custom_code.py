@@ -1,0 +1,3 @@
+"""Routers and experts that are not part of this package: a saved model that has some imports their files here."""
+
+CUSTOM_CODE = ()
