@@ -269,7 +269,9 @@ CASES: dict[str, RouterCase] = {
     "groups_softmax": RouterCase(GROUPS, top_k),
     "bias": RouterCase({"balance_strategy": "bias"}, top_k),
     "mlp": RouterCase({"router_arch": "mlp"}, top_k),
-    "cosine": RouterCase({"router_arch": "cosine", "router_arch_kwargs": {"hidden_size": 5, "temperature": 0.1}}, top_k),
+    "cosine": RouterCase(
+        {"router_arch": "cosine", "router_arch_kwargs": {"hidden_size": 5, "temperature": 0.1}}, top_k
+    ),
     "attention": RouterCase({"router_arch": "attention"}, top_k, compiles=True),
     "multi_head": RouterCase({"num_moe_heads": 3}, top_k, compiles=True, upcycles_exactly=False),
     "multi_head_capacity": RouterCase(

@@ -258,7 +258,9 @@ def reference_output(block: MoEBlock, tokens: torch.Tensor, case: RouterCase, tr
     if block.multi_head is None:
         return torch.stack(outputs).view_as(tokens)
     merge = block.multi_head.merge_proj
-    joined = [torch.cat(outputs[first : first + config.num_moe_heads]) for first in range(0, len(flat), config.num_moe_heads)]
+    joined = [
+        torch.cat(outputs[first : first + config.num_moe_heads]) for first in range(0, len(flat), config.num_moe_heads)
+    ]
     return torch.stack([merge.weight @ token + merge.bias for token in joined]).view_as(tokens)
 
 
