@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning import find_moe_blocks
+from moe_hf.modeling.moe_block import Router
 from moe_hf.modeling.routing import wide
 from moe_hf.upcycling.router_init.entropy import mean_entropy
 from moe_hf.upcycling.router_init.hidden_states import check_token_ids
@@ -40,28 +41,28 @@ class RoutingProbe:
         top_1_probability: of each layer, the mean over tokens of the largest score, of scores that sum to 1; experts
             with equal logits, as shards of one copy have, count together.
         entropy: of each layer, the mean entropy of the scores in parts of ln E.
-        tokens_per_expert: (L, E), int64; a token counts for each of its K experts.
+        tokens_per_expert: of each layer, (E,) int64; a token counts for each of its K experts.
     """
 
     num_tokens: int
     layers: tuple[str, ...]
     top_1_probability: tuple[float, ...]
     entropy: tuple[float, ...]
-    tokens_per_expert: torch.Tensor
+    tokens_per_expert: tuple[torch.Tensor, ...]
 
     @property
     def saturated(self) -> tuple[str, ...]:
         """The layers whose mean top-1 probability is above 0.9: their routers hardly learn."""
-        if self.tokens_per_expert.shape[1] == 1:
-            return ()
-        return tuple(n for n, top in zip(self.layers, self.top_1_probability, strict=True) if top > SATURATED)
+        facts = zip(self.layers, self.top_1_probability, self.tokens_per_expert, strict=True)
+        return tuple(name for name, top, counts in facts if top > SATURATED and len(counts) > 1)
 
     @property
     def is_large_enough(self) -> bool:
         """Whether an even router would reach each expert of each layer, but for a chance below 1%."""
-        num_experts = self.tokens_per_expert.shape[1]
-        per_token = float(self.tokens_per_expert.sum()) / max(self.num_tokens * len(self.layers), 1)
-        chance = self.tokens_per_expert.numel() * (1 - min(per_token / num_experts, 1)) ** self.num_tokens
+        chance = 0.0
+        for counts in self.tokens_per_expert:
+            share = float(counts.sum()) / max(self.num_tokens * len(counts), 1)
+            chance += len(counts) * (1 - min(share, 1)) ** self.num_tokens
         return chance < CHANCE_OF_A_MISS
 
     @property
@@ -89,7 +90,7 @@ class RoutingProbe:
             count = sum(map(len, missed.values()))
             names = [f"{name} {experts}" for name, experts in missed.items()]
             found.append(
-                f"{count} of {self.tokens_per_expert.numel()} experts got none of the probe's {self.num_tokens} tokens: "
+                f"{count} of {sum(map(len, self.tokens_per_expert))} experts got none of the probe's {self.num_tokens} tokens: "
                 f"{_some(names)}. They start to learn when the load-balancing loss sends them tokens; "
                 'router_init="kmeans" on your text avoids it.'
             )
@@ -153,7 +154,7 @@ class RoutingRecorder:
             layers=tuple(self.layers),
             top_1_probability=tuple(layer.top_1 / layer.num_tokens for layer in layers),
             entropy=tuple(layer.entropy / layer.num_tokens for layer in layers),
-            tokens_per_expert=torch.stack([layer.tokens_per_expert for layer in layers]),
+            tokens_per_expert=tuple(layer.tokens_per_expert for layer in layers),
         )
 
 
@@ -165,7 +166,10 @@ class _LayerSums:
         sigmoid = hasattr(router, "e_score_correction_bias")
         self.scoring_func = getattr(config, "scoring_func", "sigmoid" if sigmoid else "softmax")
         self.num_tokens, self.top_1, self.entropy = 0, 0.0, 0.0
-        self.tokens_per_expert = torch.zeros(router.weight.shape[0], dtype=torch.int64)
+        num_experts = len(router.weight)
+        if isinstance(router, Router):
+            num_experts = config.experts_of_layer(router.layer_index) + len(config.extra_experts)
+        self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64)
 
     def hook(self, mask: torch.Tensor | None):
         """A forward hook that adds the tokens where `mask` (T,) is True."""
@@ -177,9 +181,11 @@ class _LayerSums:
                     f"{type(router).__name__} returns no (logits, weights, index): its choices are not known."
                 )
             index = output[2]
-            # Not output[0], which some routers of transformers return after the softmax.
-            tokens = wide(args[0].flatten(0, -2))
-            logits = functional.linear(tokens, router.weight.to(tokens.dtype))  # (T, E)
+            logits = output[0]  # (T, E)
+            if not isinstance(router, Router):
+                # Some routers of transformers return it after the softmax.
+                tokens = wide(args[0].flatten(0, -2))
+                logits = functional.linear(tokens, router.weight.to(tokens.dtype))
             if mask is not None:
                 real = mask.to(logits.device)
                 index = index[real if len(output) == 3 else real[output[3]]]
