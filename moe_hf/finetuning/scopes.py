@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from moe_hf.errors import MoEError
 from moe_hf.modeling.dense_mlp import MLP_ATTRIBUTES, PROJECTIONS
@@ -58,8 +59,13 @@ def apply_scope(
             frozen rest stays in bf16. `None` leaves dtypes alone.
 
     Raises:
-        MoEError: an unknown scope, or one that matches no parameter; the model is then unchanged.
+        MoEError: an unknown scope, one that matches no parameter, or a model that is wrapped in DistributedDataParallel,
+            which has decided which gradients it waits for; the model is then unchanged.
     """
+    if isinstance(model, DistributedDataParallel):
+        raise MoEError(
+            "The model is wrapped in DistributedDataParallel already. Choose its scope before it is wrapped."
+        )
     names = scope_parameter_names(model, scope)
     wanted = set(names)
     trainable_bytes = 0

@@ -31,7 +31,7 @@ from .dense_mlp import activation_of, check_one_expert_reproduces, find_mlp_site
 from .dynamic_class import Combined, combine, put_block
 from .losses import LOSSES, LayerRouting, loss_coefficients, reward_predictions, sum_over_ranks
 from .moe_block import MoEBlock, RoutingPass, current_routing_pass, recompute_contexts, routing_pass, rows_are_aligned
-from .parallel_plans import expert_parallel_plan, tensor_parallel_plan, wildcard
+from .parallel_plans import block_plans, refuse_layout, without_blocks
 from .routers import ROUTERS, check_generation, router_spec, save_custom_code, why_no_cache
 from .routing_ids import extend_ids, open_experts, spread_ids, take_ids
 
@@ -158,19 +158,17 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
     def init_parallel_plans(self) -> None:
         """The dense model's plans without its MLPs, and a tensor- and expert-parallel plan for the experts."""
         super().init_parallel_plans()
-        sites = self.__dict__.get("_moe_sites")
-        if sites is None:
+        if (sites := self.__dict__.get("_moe_sites")) is None:
             return
-        if not self._has_dense_sites:
-            replaced = tuple({f"{wildcard(site.block)}." for site in sites})
-            self._tp_plan = {name: style for name, style in self._tp_plan.items() if not name.startswith(replaced)}
-        if router_spec(self.config).merges_experts or self.config.extra_experts:
-            return  # each process needs all experts whole, or ids of extra experts would be taken for other ranks'
-        has_tensor_plan = bool(self._tp_plan)
-        for site in sites:
-            self._ep_plan.update(expert_parallel_plan(wildcard(site.block), site))
-            if has_tensor_plan:
-                self._tp_plan.update(tensor_parallel_plan(wildcard(site.block), site))
+        tensor, expert, sharded = block_plans(self.config, sites, router_spec(self.config).merges_experts)
+        kept = self._tp_plan if self._has_dense_sites else without_blocks(self._tp_plan, sites)
+        self._tp_plan = kept | tensor if kept else {}
+        self._ep_plan, self._fsdp_plan = self._ep_plan | expert, sharded | self._fsdp_plan
+
+    def _resolve_parallel_plans(self, distributed_config):
+        """As in transformers; a layout that this model cannot have is refused."""
+        refuse_layout(self, distributed_config, router_spec(self.config).merges_experts)
+        return super()._resolve_parallel_plans(distributed_config)
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, every_n_layers=1):
         if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):

@@ -277,6 +277,8 @@ class MoEBlock(nn.Module):
         self.gate = Router(config, routed)
         make = make_merged_experts if router_spec(config).merges_experts else make_experts
         self.experts = make(config, routed, act_fn)
+        # With expert parallelism the module holds fewer.
+        self.num_routed = self.experts.num_experts
         self.extra_experts = ExtraExperts(config, site.hidden_size) if config.extra_experts else None
         self.has_bias = site.has_bias
         self.shared_expert = self.shared_expert_gate = None
@@ -295,13 +297,12 @@ class MoEBlock(nn.Module):
         token_index, segment_index = (*more, None, None)[:2]
         if segment_index is not None:
             output = self.experts(routed, top_k_index, top_k_weights, segment_index)  # (T, D)
+            output = self._count_bias_once(output, top_k_index, top_k_weights)
         elif token_index is not None:
-            rows = self.experts(routed[token_index], top_k_index, top_k_weights)  # (R, D)
-            rows = self._count_bias_once(rows, top_k_index, top_k_weights)
+            rows = self._run_experts(routed[token_index], top_k_index, top_k_weights)  # (R, D)
             output = torch.zeros_like(routed).index_add(0, token_index, rows)
         else:
-            output = self.experts(routed, top_k_index, top_k_weights)  # (T, D)
-            output = self._count_bias_once(output, top_k_index, top_k_weights)
+            output = self._run_experts(routed, top_k_index, top_k_weights)  # (T, D)
         if self.extra_experts is not None:
             output = output + self._run_extra_experts(tokens, top_k_index, top_k_weights, token_index)
         if self.multi_head is not None:
@@ -319,6 +320,22 @@ class MoEBlock(nn.Module):
         output = self.dropout(output.view_as(hidden_states))
         return output if residual is None else residual + output
 
+    def _run_experts(
+        self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum of the chosen routed experts, (R, D)."""
+        if self.extra_experts is not None and self._is_sharded():
+            # An id of E or above belongs to no rank, and its bias to no row. What such a choice costs there is one MLP.
+            is_extra = top_k_index >= self.num_routed
+            top_k_index = torch.where(is_extra, top_k_index % self.num_routed, top_k_index)
+            top_k_weights = top_k_weights.masked_fill(is_extra, 0)
+        output = self.experts(tokens, top_k_index, top_k_weights)
+        return self._count_bias_once(output, top_k_index, top_k_weights)
+
+    def _is_sharded(self) -> bool:
+        """Whether this rank holds some of the experts, or slices of them."""
+        return self.experts.num_experts != self.num_routed or _tensor_parallel_size(self._own_experts().down_proj) > 1
+
     def _run_extra_experts(
         self,
         tokens: torch.Tensor,
@@ -333,11 +350,16 @@ class MoEBlock(nn.Module):
             sequence_ids = sequence_ids.masked_fill(~current.token_mask.to(sequence_ids.device), -1)
         if token_index is None:
             token_index = torch.arange(len(tokens), device=tokens.device)
-        num_routed = self.experts.num_experts
-        weights = top_k_weights.new_zeros(len(tokens), num_routed + len(self.extra_experts))
+        weights = top_k_weights.new_zeros(len(tokens), self.num_routed + len(self.extra_experts))
         place = (token_index[:, None].expand_as(top_k_index), top_k_index)
         weights = weights.index_put(place, top_k_weights, accumulate=True)
-        return self.extra_experts(tokens, weights[:, num_routed:], sequence_ids)
+        return self.extra_experts(tokens, weights[:, self.num_routed :], sequence_ids)
+
+    def _own_experts(self) -> nn.Module:
+        experts = self.experts
+        while hasattr(experts, "base_layer"):
+            experts = experts.base_layer  # adapters wrap the module
+        return experts
 
     def _count_bias_once(
         self, output: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -348,9 +370,7 @@ class MoEBlock(nn.Module):
         """
         if not self.has_bias:
             return output
-        experts = self.experts
-        while hasattr(experts, "base_layer"):
-            experts = experts.base_layer  # adapters wrap the module
+        experts = self._own_experts()
         ranks = _tensor_parallel_size(experts.down_proj)
         if ranks == 1:
             return output

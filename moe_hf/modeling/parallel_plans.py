@@ -1,5 +1,9 @@
-"""Parallel plans of the experts, by the names that transformers' `DistributedConfig` reads."""
+"""Parallel plans of the blocks, by the names that transformers' `DistributedConfig` reads, and what they refuse."""
 
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from .configuration_moe import MoEConfig, MoEError
 from .dense_mlp import MLPSite
 
 
@@ -29,3 +33,66 @@ def tensor_parallel_plan(block: str, site: MLPSite) -> dict[str, str]:
         **{f"{block}.experts.{k}": v for k, v in plan.items() if site.has_bias or not k.endswith("_bias")},
         f"{block}.experts": "moe_tp_experts",
     }
+
+
+def shared_expert_plan(block: str, site: MLPSite) -> dict[str, str]:
+    """Each rank holds a slice of the shared expert's width."""
+    plan = {"up_proj": "colwise", "down_proj": "rowwise"} | ({"gate_proj": "colwise"} if site.gated else {})
+    return {f"{block}.shared_expert.{name}": style for name, style in plan.items()}
+
+
+def block_plans(
+    config: MoEConfig, sites: list[MLPSite], merges_experts: bool
+) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """The tensor-parallel, expert-parallel and FSDP rules of the blocks at `sites`.
+
+    What has no rule (routers, the projections of a multi-head block, gates of shared experts, experts of other kinds) is
+    whole on each tensor-parallel rank. FSDP gathers one decoder layer at a time.
+
+    Args:
+        merges_experts (`bool`): the experts' weights are mixed before they are used, for which a rank needs all of them.
+    """
+    tensor, expert, sharded = {}, {}, {}
+    for site in sites:
+        block = wildcard(site.block)
+        tensor |= tensor_parallel_plan(block, site)
+        if config.shared_expert_intermediate_size > 0:
+            tensor |= shared_expert_plan(block, site)
+        if not merges_experts:
+            expert |= expert_parallel_plan(block, site)
+        sharded[wildcard(site.layer)] = "free_full_weight"
+    return tensor, expert, sharded
+
+
+def without_blocks(plan: dict[str, str], sites: list[MLPSite]) -> dict[str, str]:
+    """The plan of a dense decoder without its MLPs, which blocks have replaced."""
+    replaced = tuple({f"{wildcard(site.block)}." for site in sites})
+    return {name: style for name, style in plan.items() if not name.startswith(replaced)}
+
+
+def refuse_layout(model: PreTrainedModel, layout: DistributedConfig, merges_experts: bool) -> None:
+    """Refuse a layout that one of our models cannot have, before anything is sharded.
+
+    Raises:
+        MoEError: says what is in the way, and what to choose instead.
+    """
+    config, has_own_plan = model.config, isinstance(layout.tp_plan, dict)
+    if layout.tp_size > 1 and not (model.tp_plan or has_own_plan):
+        raise MoEError(
+            f"transformers has no tensor-parallel plan for {config.text_config.model_type!r}, so tp_size="
+            f"{layout.tp_size} is refused. Shard it with fsdp_size, and its experts with ep_size."
+        )
+    if layout.ep_size == 1:
+        return
+    if merges_experts:
+        raise MoEError(
+            f"router_type={config.router_type!r} mixes the weights of all experts, so no rank can do with some of them: "
+            f"ep_size={layout.ep_size} is refused. Use fsdp_size or tp_size."
+        )
+    for site in model.base_model._moe_sites:
+        experts = config.experts_of_layer(site.layer_index)
+        if experts % layout.ep_size:
+            raise MoEError(
+                f"ep_size={layout.ep_size} does not divide the {experts} experts of layer {site.layer_index}. Choose a "
+                "divisor, or another number of experts."
+            )

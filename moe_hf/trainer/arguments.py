@@ -11,10 +11,12 @@ from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 from moe_hf.data import BUILTIN_CORPUS
 from moe_hf.errors import MoEError
 from moe_hf.resources import resource_path
+from moe_hf.trainer.layouts import SIZES, choose_layout
 
 
 @dataclass
@@ -39,6 +41,28 @@ class MoETrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Needed only where experts are separate modules."}
     )
+    fsdp_size: int | None = field(
+        default=None,
+        metadata={"help": "Processes that share the weights by FSDP2; what the other sizes leave, when one is set."},
+    )
+    ep_size: int | None = field(
+        default=None,
+        metadata={"help": "Processes that share the experts; tokens travel to them (expert parallelism)."},
+    )
+    tp_size: int | None = field(
+        default=None, metadata={"help": "Processes that share each matrix and the same rows (tensor parallelism)."}
+    )
+    dp_replicate_size: int | None = field(
+        default=None, metadata={"help": "Copies of what fsdp_size shards, e.g. one per machine (HSDP)."}
+    )
+    distributed_config: dict | str | None = field(
+        default=None,
+        metadata={"help": "More fields of transformers' DistributedConfig, as a map or JSON, e.g. ep_implementation."},
+    )
+    async_save: bool = field(
+        default=False,
+        metadata={"help": "Write checkpoints beside training, from copies in CPU memory; the next one waits for it."},
+    )
     batch_eval_metrics: bool = field(default=True, metadata={"help": "Metrics stream over evaluation batches."})
     hub_strategy: str = field(default="end", metadata={"help": "Only `end`: push when training has ended."})
 
@@ -47,7 +71,25 @@ class MoETrainingArguments(TrainingArguments):
             raise MoEError(
                 f"hub_strategy={self.hub_strategy!r}: only 'end' carries the model's code. Set it to 'end'."
             )
+        if isinstance(self.distributed_config, str):
+            self.distributed_config = _json_map("distributed_config", self.distributed_config)
         super().__post_init__()
+
+    def layout(self) -> DistributedConfig | None:
+        """The layout that the sizes and `distributed_config` ask for; None for one process, or for DDP.
+
+        Raises:
+            MoEError: it does not fit the number of processes, or contradicts itself.
+        """
+        sizes = {name: getattr(self, name) for name in SIZES}
+        return choose_layout(sizes, self.distributed_config, self.world_size)
+
+
+def _json_map(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise MoEError(f"{name} is not JSON: {error}.") from error
 
 
 @dataclass
@@ -88,10 +130,7 @@ class ConfigArguments:
 
     def __post_init__(self) -> None:
         if isinstance(self.model_config, str):
-            try:
-                self.model_config = json.loads(self.model_config)
-            except json.JSONDecodeError as error:
-                raise MoEError(f"model_config is not JSON: {error}.") from error
+            self.model_config = _json_map("model_config", self.model_config)
         if not isinstance(self.model_config, dict) or "model_type" not in self.model_config:
             raise MoEError("model_config needs the fields of a config with its model_type, e.g. {model_type: llama}.")
 

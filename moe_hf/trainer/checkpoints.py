@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent, and that are loaded whole or refused."""
 
+import copy
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,17 +10,23 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
 from moe_hf.saving import check_shard_index, publish_folder, temporary_sibling, verify_manifest
+from moe_hf.trainer.optimizer_states import has_state
 
 
 logger = logging.get_logger(__name__)
 
-RESUME_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+RESUME_FILES = ("trainer_state.json", "scheduler.pt")
+# Written by DeepSpeed, which keeps the optimizer's state in folders of its own.
+DEEPSPEED_FILE = "latest"
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -68,7 +75,9 @@ def choose_checkpoint(output_dir: str | Path, resume: str | bool | None) -> str 
         folder = Path(resume)
         verify_manifest(folder)
     missing = [name for name in RESUME_FILES if not (folder / name).is_file()]
-    if missing:
+    if not has_state(folder):
+        missing.append("optimizer.pt")
+    if missing and not (folder / DEEPSPEED_FILE).is_file():
         raise MoEError(
             f"{str(folder)!r} cannot be resumed: {', '.join(missing)} missing (saved with save_only_model?). "
             "Give it as the model of a new run instead."
@@ -76,23 +85,32 @@ def choose_checkpoint(output_dir: str | Path, resume: str | bool | None) -> str 
     return str(folder)
 
 
-def load_weights_(model: PreTrainedModel, folder: str | Path) -> None:
-    """Load all weights of `folder` into `model`, through the conversion that `from_pretrained` does.
+def plain_class(model: nn.Module) -> type:
+    """The class of a model without what `fully_shard` adds to it."""
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+
+
+def read_weights(model: PreTrainedModel, folder: str | Path, **kwargs) -> PreTrainedModel:
+    """A second model with the weights in `folder`, through the conversion that `from_pretrained` does.
 
     A plain `load_state_dict` finds no experts in a checkpoint that stores them one by one. Values are read in the
     widest dtype of `model`, so float32 masters beside a bf16 rest come back bit by bit.
 
+    Args:
+        kwargs: as `from_pretrained` takes them.
+
     Raises:
-        MoEError: weights are missing, left over or of another shape; `model` is then unchanged.
+        MoEError: weights are missing, left over or of another shape.
     """
     check_shard_index(folder)
     is_double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
     try:
-        loaded, info = type(model).from_pretrained(
+        loaded, info = plain_class(model).from_pretrained(
             folder,
             dtype=torch.float64 if is_double else torch.float32,
             output_loading_info=True,
             local_files_only=True,
+            **kwargs,
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise MoEError(f"Could not load the weights in {str(folder)!r}: {error}") from error
@@ -108,8 +126,32 @@ def load_weights_(model: PreTrainedModel, folder: str | Path) -> None:
         }
     if any(faults.values()):
         listed = "; ".join(f"{kind}: {', '.join(names[:5])}" for kind, names in faults.items() if names)
-        raise MoEError(f"The weights in {str(folder)!r} do not fit {type(model).__name__}: {listed}.")
-    model.load_state_dict(loaded.state_dict(), strict=True)
+        raise MoEError(f"The weights in {str(folder)!r} do not fit {plain_class(model).__name__}: {listed}.")
+    return loaded
+
+
+def load_weights_(model: PreTrainedModel, folder: str | Path) -> None:
+    """Load all weights of `folder` into `model`, which has them whole.
+
+    Raises:
+        MoEError: weights are missing, left over or of another shape; `model` is then unchanged.
+    """
+    model.load_state_dict(read_weights(model, folder).state_dict(), strict=True)
+
+
+@torch.no_grad()
+def load_shards_(model: PreTrainedModel, folder: str | Path) -> None:
+    """Load all weights of `folder` into `model`, of which each process has its part; each reads its part alone.
+
+    Raises:
+        MoEError: weights are missing, left over or of another shape; `model` is then unchanged.
+    """
+    loaded = read_weights(
+        model, folder, distributed_config=copy.deepcopy(model.config.distributed_config)
+    ).state_dict()
+    for name, tensor in model.state_dict().items():
+        local, found = (t.to_local() if isinstance(t, DTensor) else t for t in (tensor, loaded[name]))
+        local.copy_(found)
 
 
 def agree(action: Callable[[], Any], is_main: bool, num_processes: int) -> Any:
@@ -127,36 +169,41 @@ def agree(action: Callable[[], Any], is_main: bool, num_processes: int) -> Any:
     return result
 
 
-@contextmanager
-def shared_folder(path: str | Path, *, is_main: bool, num_processes: int, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that all processes write to and that becomes `path`, with a manifest, at the end.
-
-    Args:
-        replace (`bool`): put it in the place of an existing folder, which is removed once the new one is complete.
+def prepare_folder(path: str | Path, *, replace: bool = False) -> Path:
+    """Make the temporary folder, beside `path`, that all processes write to; the main process calls it.
 
     Raises:
-        MoEError: `path` exists and is not to be replaced; nothing is left behind.
+        MoEError: `path` exists and is not to be replaced.
     """
     destination = Path(path).absolute()
+    if destination.exists() and not replace:
+        raise MoEError(f"{str(destination)!r} exists already. Remove it or choose another folder.")
     staging = temporary_sibling(destination, "shared")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
 
-    def prepare() -> None:
-        if destination.exists() and not replace:
-            raise MoEError(f"{str(destination)!r} exists already. Remove it or choose another folder.")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
 
-    def publish() -> None:
-        if replace:
-            shutil.rmtree(destination, ignore_errors=True)
-        publish_folder(staging, destination)
+def publish(staging: Path, path: str | Path, *, replace: bool = False) -> None:
+    """Put a finished temporary folder in the place of `path`, with a manifest; the main process calls it."""
+    if replace:
+        shutil.rmtree(path, ignore_errors=True)
+    publish_folder(staging, path)
 
-    agree(prepare, is_main, num_processes)
+
+@contextmanager
+def shared_folder(path: str | Path, *, is_main: bool, num_processes: int) -> Iterator[Path]:
+    """Yield a temporary folder that all processes write to and that becomes `path`, with a manifest, at the end.
+
+    Raises:
+        MoEError: `path` exists; nothing is left behind.
+    """
+    staging = agree(lambda: prepare_folder(path), is_main, num_processes)
     try:
         yield staging
         if num_processes > 1:
             torch.distributed.barrier()
-        agree(publish, is_main, num_processes)
+        agree(lambda: publish(staging, path), is_main, num_processes)
     except BaseException:
         if is_main:
             shutil.rmtree(staging, ignore_errors=True)

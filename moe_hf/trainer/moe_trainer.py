@@ -1,5 +1,6 @@
 """`MoETrainer`: transformers' Trainer with checkpoints that can be trusted and losses that a MoE needs."""
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,31 +9,29 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
-from moe_hf.finetuning.scopes import ScopeReport, apply_scope
+from moe_hf.finetuning.scopes import ScopeReport, apply_scope, scope_parameter_names
 from moe_hf.hub import push_model
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.losses import loss_coefficients
 from moe_hf.reporting.card import model_card
 from moe_hf.trainer.arguments import MoETrainingArguments
-from moe_hf.trainer.checkpoints import agree, choose_checkpoint, load_weights_, shared_folder
+from moe_hf.trainer.checkpoints import choose_checkpoint
 from moe_hf.trainer.expert_balance import ExpertBalanceCallback
+from moe_hf.trainer.layouts import is_sharded
+from moe_hf.trainer.resumable import ResumableTrainer, weights_at_hand
 from moe_hf.trainer.routing_logs import RoutingLogs
 
 
 logger = logging.get_logger(__name__)
 
 FINAL_FOLDER = "final"
-TRAINING_ARGS_PICKLE = "training_args.bin"
-TRAINER_STATE = "trainer_state.json"
 
 
-class MoETrainer(Trainer):
+class MoETrainer(ResumableTrainer):
     """`transformers.Trainer` for MoE models: this package's, transformers' own, and their dense controls.
 
     What differs from `Trainer`:
@@ -51,17 +50,27 @@ class MoETrainer(Trainer):
     Args:
         model (`PreTrainedModel`): the model to train.
         args (`MoETrainingArguments` or `TrainingArguments`): without a scope, the parameters that require gradients train.
+        given_dtype (`torch.dtype`, *optional*): what `save_model` writes where the model was loaded in another dtype than
+            its checkpoint has, as FSDP needs for float32 masters. By default each parameter's dtype.
         kwargs: as `Trainer` takes them.
     """
 
-    def __init__(self, model: PreTrainedModel, args: TrainingArguments | None = None, **kwargs) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments | None = None,
+        *,
+        given_dtype: torch.dtype | None = None,
+        **kwargs,
+    ) -> None:
         if args is None:
             args = MoETrainingArguments(output_dir="trainer_output")
-        self._given_dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        self._given_dtypes = {name: given_dtype or p.dtype for name, p in model.named_parameters()}
         self.scope_report: ScopeReport | None = None
         self._routing_logs = RoutingLogs()
         if isinstance(args, MoETrainingArguments) and args.scope is not None:
             master_dtype = torch.float32 if args.fp32_masters else None
+            _refuse_late_masters(model, args.scope, master_dtype)
             self.scope_report = apply_scope(model, args.scope, master_dtype=master_dtype)
         _check_trainable(model)
         _refuse_lost_router_losses(model, args, kwargs)
@@ -69,6 +78,7 @@ class MoETrainer(Trainer):
         args.logging_nan_inf_filter = False
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
+        _make_dtypes_alike(model, args)
         super().__init__(model, args, **kwargs)
         _balance_experts(self)
         if self.scope_report is not None and self.is_world_process_zero():
@@ -120,8 +130,12 @@ class MoETrainer(Trainer):
             super().save_model(output_dir, _internal_call=True)
             return
         destination = output_dir or Path(self.args.output_dir) / FINAL_FOLDER
-        with self._folder(destination) as folder, self._given_dtypes_restored():
-            super().save_model(str(folder), _internal_call=True)
+        with self._folder(destination) as folder:
+            if is_sharded(self.model):
+                self._save_gathered(folder)
+            else:
+                with self._given_dtypes_restored():
+                    super().save_model(str(folder), _internal_call=True)
             if self.args.should_save:
                 card = model_card(self._unwrapped(), has_tokenizer=self.processing_class is not None)
                 card.save(folder / "README.md")
@@ -142,9 +156,10 @@ class MoETrainer(Trainer):
         Args:
             kwargs: as `push_model` takes them.
         """
+        weights = self._weights_as_given() if is_sharded(self.model) else {}
         if not self.is_world_process_zero():
             return None
-        with self._given_dtypes_restored():
+        with self._given_dtypes_restored(), weights_at_hand(self._unwrapped(), weights):
             return push_model(
                 self._unwrapped(),
                 self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
@@ -156,24 +171,31 @@ class MoETrainer(Trainer):
                 **kwargs,
             )
 
-    def _agree(self, action):
-        return agree(action, self.is_world_process_zero(), self.accelerator.num_processes)
+    def _weights_as_given(self) -> dict[str, torch.Tensor]:
+        weights = self._whole_weights(copied=False)
+        return {name: tensor.to(self._given_dtypes.get(name, tensor.dtype)) for name, tensor in weights.items()}
 
-    def _folder(self, path: str | Path, replace: bool = False):
-        return shared_folder(
-            path,
-            is_main=self.is_world_process_zero(),
-            num_processes=self.accelerator.num_processes,
-            replace=replace,
-        )
-
-    def _unwrapped(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+    def _save_gathered(self, folder: Path) -> None:
+        weights = self._weights_as_given()
+        if not self.args.should_save:
+            return
+        self._write_whole(weights, folder)
+        # transformers writes the dtype of the parameters that the processes hold.
+        file = folder / "config.json"
+        config = json.loads(file.read_text("utf-8"))
+        dtype = str(next(iter(self._given_dtypes.values()))).removeprefix("torch.")
+        for part in (config, config.get("text_config")):
+            if part is not None and "dtype" in part:
+                part["dtype"] = dtype
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @contextmanager
     def _given_dtypes_restored(self) -> Iterator[None]:
         """Round float32 masters, for the time of a save, to the dtype that their parameter came with."""
         masters = {}
+        if is_sharded(self.model):
+            yield
+            return
         for name, parameter in self._unwrapped().named_parameters():
             dtype = self._given_dtypes.get(name, parameter.dtype)
             if parameter.dtype != dtype:
@@ -185,75 +207,27 @@ class MoETrainer(Trainer):
             for parameter, data in masters.items():
                 parameter.data = data
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
-        # A pickle of local paths and settings that nothing reads again.
-        if self.args.should_save:
-            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_PICKLE).unlink(missing_ok=True)
 
-    def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        self.store_flos()
-        run_dir = Path(self._get_output_dir(trial=trial))
-        final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        best_step = self.state.best_global_step
-        if best_step:
-            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{best_step}"
-            if best == final or best.is_dir():
-                self.state.best_model_checkpoint = str(best)
-        # A folder of this name is a damaged checkpoint that resuming skipped.
-        with self._folder(final, replace=True) as folder:
-            self.save_model(str(folder), _internal_call=True)
-            if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(folder))
-                self._save_scaler(str(folder))
-                self._save_rng_state(str(folder))
-            if self.args.should_save:
-                self._record_callback_states()
-                self.state.save_to_json(str(folder / TRAINER_STATE))
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _record_callback_states(self) -> None:
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if not isinstance(callback, ExportableState):
-                continue
-            name, state = type(callback).__name__, callback.state()
-            if isinstance(self.state.stateful_callbacks[name], list):
-                self.state.stateful_callbacks[name].append(state)
-            else:
-                self.state.stateful_callbacks[name] = state
-
-    def _run_epoch(self, *args, **kwargs) -> None:
-        # Trainer looks at max_steps after a step only: a run resumed at its end would train one step more.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._loads_whole():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        load_weights_(self._unwrapped(), resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if not self._loads_whole():
-            super()._load_best_model()
-            return
-        best = self.state.best_model_checkpoint
-        logger.info(f"Loading the best model from {best} (score: {self.state.best_metric}).")
-        load_weights_(self._unwrapped(), best)
-
-    def _loads_whole(self) -> bool:
-        """Whether checkpoints hold a full model in `save_pretrained`'s form; FSDP, DeepSpeed and PEFT have their own."""
-        return isinstance(self._unwrapped(), PreTrainedModel) and not (
-            self.is_fsdp_enabled or self.is_deepspeed_enabled
+def _refuse_late_masters(model: nn.Module, scope: str, master_dtype: torch.dtype | None) -> None:
+    """FSDP has fixed the dtype of what it sharded."""
+    if master_dtype is None or not is_sharded(model):
+        return
+    names = set(scope_parameter_names(model, scope))
+    late = [name for name, p in model.named_parameters() if name in names and p.dtype != master_dtype]
+    if late:
+        raise MoEError(
+            f"{late[0]!r} is sharded already and cannot become a float32 master. Load the model with dtype=torch.float32 "
+            "and give MoETrainer given_dtype, the dtype to save in; or set fp32_masters=False."
         )
+
+
+def _make_dtypes_alike(model: nn.Module, args: TrainingArguments) -> None:
+    """FSDP gathers parameters of one dtype: beside float32 masters all become float32, before they are sharded."""
+    layout = args.layout() if isinstance(args, MoETrainingArguments) else None
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if layout is not None and layout.dp_size > 1 and len(dtypes) > 1 and not is_sharded(model):
+        model.float()
+        logger.warning("FSDP shards parameters of one dtype: the frozen ones are float32 too, like the masters.")
 
 
 def _check_trainable(model: nn.Module) -> None:

@@ -1,0 +1,90 @@
+"""Several gloo processes that run a list of cases: one launch, since most of its time is imports; one result per case."""
+
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = "results.pt"
+
+
+@dataclass
+class CaseResult:
+    """What a case returned in the first process, or the traceback of the first process that failed."""
+
+    value: Any = None
+    error: str | None = None
+
+
+def launch(command: list[str], timeout: int = 240) -> str:
+    """Run a command that starts CPU processes; without the variable accelerate takes them for one or for none."""
+    python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def torchrun(module: str, *arguments: str, processes: int = 2) -> list[str]:
+    """The command that starts `python -m module` in several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+    return [*command, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", module, *arguments]
+
+
+class Cases:
+    """The results of the cases of `module`, which `run_cases` ran in several processes when the first was asked for."""
+
+    def __init__(
+        self, module: str, folder: Path, processes: int = 2, arguments: Iterable[str] = (), timeout: int = 240
+    ):
+        self._command = torchrun(module, str(folder), *arguments, processes=processes)
+        self._file, self._processes, self._timeout = folder / RESULTS, processes, timeout
+        self._results: dict[str, CaseResult] | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        """What the case returned; its failure is this test's."""
+        if self._results is None:
+            launch(self._command, self._timeout)
+            loaded = torch.load(self._file, weights_only=False)
+            assert (loaded["world_size"], loaded["backend"]) == (self._processes, "gloo")
+            self._results = loaded["cases"]
+        result = self._results[name]
+        if result.error is not None:
+            pytest.fail(f"{name}:\n{result.error}", pytrace=False)
+        return result.value
+
+
+def run_cases(cases: dict[str, Callable[[Path], Any]], folder: Path) -> None:
+    """Run each case in a folder of its own, in all processes; the first one writes the results."""
+    if not dist.is_initialized():
+        # A case that fails in one process only leaves the others waiting.
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    results: dict[str, CaseResult] = {}
+    for name, case in cases.items():
+        value, error = None, None
+        try:
+            torch.manual_seed(0)
+            value = case(folder / name)
+        except BaseException:
+            error = traceback.format_exc()
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        results[name] = CaseResult(value, next(filter(None, errors), None))
+    if dist.get_rank() == 0:
+        found = {"world_size": dist.get_world_size(), "backend": dist.get_backend(), "cases": results}
+        torch.save(found, folder / RESULTS)
+    dist.barrier()
+    dist.destroy_process_group()
