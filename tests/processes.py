@@ -75,13 +75,19 @@ def run_cases(cases: dict[str, Callable[[Path], Any]], folder: Path) -> None:
     results: dict[str, CaseResult] = {}
     for name, case in cases.items():
         value, error = None, None
+        if dist.get_rank() == 0:
+            # What a run that is cut off was doing.
+            print(f"case {name}", file=sys.stderr, flush=True)
         try:
             torch.manual_seed(0)
             value = case(folder / name)
         except BaseException:
             error = traceback.format_exc()
         errors: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
+        try:
+            dist.all_gather_object(errors, error)
+        except RuntimeError:
+            raise RuntimeError(f"{name} left the processes apart; this one's error: {error}") from None
         results[name] = CaseResult(value, next(filter(None, errors), None))
     if dist.get_rank() == 0:
         found = {"world_size": dist.get_world_size(), "backend": dist.get_backend(), "cases": results}

@@ -17,7 +17,7 @@ def main() -> None:
     """Run the program that the command line describes."""
     parser = MoEArgumentParser((ModelArguments, DataArguments, MoETrainingArguments), description=__doc__)
     model_args, data_args, training_args = parser.parse()
-    model, tokenizer = load_checkpoint(model_args)
+    model, tokenizer = load_checkpoint(model_args, training_args)
     trainer = make_trainer(model, tokenizer, training_args, data_args, load_documents(data_args), only_evaluate=True)
     evaluate_and_record(trainer)
 

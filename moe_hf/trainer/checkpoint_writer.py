@@ -4,6 +4,7 @@ import shutil
 import threading
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,7 +33,8 @@ class CheckpointWriter:
         """Write and publish; in the background after the previous checkpoint, and `wait` reports a failure.
 
         Args:
-            writes: called in order, with the process group for collectives, or None for the default one.
+            writes: as many in every process, called in order, with the process group for collectives or None for the
+                default one.
             staging (`Path`): removed where a process fails.
             publish: called by the main process alone, at the end.
         """
@@ -71,7 +73,8 @@ class CheckpointWriter:
     ) -> None:
         is_main = not dist.is_initialized() or dist.get_rank() == 0
         try:
-            together(lambda: [write(group) for write in writes], group)
+            for write in writes:
+                together(partial(write, group), group)
             together(lambda: publish() if is_main else None, group)
         except BaseException:
             if is_main:

@@ -3,7 +3,7 @@
 import copy
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from moe_hf.errors import MoEError
 from moe_hf.saving import check_shard_index, publish_folder, temporary_sibling, verify_manifest
+from moe_hf.trainer.layouts import is_sharded
 from moe_hf.trainer.optimizer_states import has_state
 
 
@@ -208,3 +209,22 @@ def shared_folder(path: str | Path, *, is_main: bool, num_processes: int) -> Ite
         if is_main:
             shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+@contextmanager
+def weights_at_hand(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let the main process save a sharded model alone: its weights were gathered before."""
+    shadowed = {
+        "gather_sharded_state_dict_for_save": lambda *args, **kwargs: dict(weights),
+        "barrier_after_gathered_checkpoint_save": lambda *args: None,
+    }
+    if not is_sharded(model):
+        yield
+        return
+    for name, function in shadowed.items():
+        setattr(model, name, function)
+    try:
+        yield
+    finally:
+        for name in shadowed:
+            delattr(model, name)

@@ -19,10 +19,10 @@ from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.losses import loss_coefficients
 from moe_hf.reporting.card import model_card
 from moe_hf.trainer.arguments import MoETrainingArguments
-from moe_hf.trainer.checkpoints import choose_checkpoint
+from moe_hf.trainer.checkpoints import choose_checkpoint, weights_at_hand
 from moe_hf.trainer.expert_balance import ExpertBalanceCallback
 from moe_hf.trainer.layouts import is_sharded
-from moe_hf.trainer.resumable import ResumableTrainer, weights_at_hand
+from moe_hf.trainer.resumable import ResumableTrainer
 from moe_hf.trainer.routing_logs import RoutingLogs
 
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import (
@@ -21,6 +22,7 @@ from moe_hf.metrics import LanguageModelMetrics, token_statistics
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.trainer.arguments import ConfigArguments, DataArguments, ModelArguments, MoETrainingArguments
 from moe_hf.trainer.checkpoints import agree, choose_checkpoint, list_checkpoints
+from moe_hf.trainer.layouts import check_config, check_launch, describe_layout
 from moe_hf.trainer.moe_trainer import FINAL_FOLDER, MoETrainer
 
 
@@ -73,8 +75,13 @@ def _at_most(blocks: Dataset, max_tokens: int | None, block_size: int) -> Datase
     return blocks.select(range(min(len(blocks), max_tokens // block_size)))
 
 
-def load_checkpoint(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model and the tokenizer that `args` name."""
+def load_checkpoint(
+    args: ModelArguments, training_args: MoETrainingArguments
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model and the tokenizer that `args` name; in a layout each process reads its part of the model.
+
+    A sharded model that gets float32 masters is loaded in float32: `given_dtype` says what it is saved in.
+    """
     if args.model is None:
         raise MoEError("No model: set `model` in the recipe, or --model, to a folder or a Hub id.")
     if args.dtype not in ("auto", "float32", "bfloat16"):
@@ -84,10 +91,18 @@ def load_checkpoint(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTo
     common = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     chosen = {"attn_implementation": args.attn_implementation, "experts_implementation": args.experts_implementation}
     chosen = {name: value for name, value in chosen.items() if value is not None}
+    layout, dtype = training_args.layout(), args.dtype
+    if layout is not None:
+        chosen["distributed_config"] = layout
+        dtype = "float32" if training_args.scope is not None and training_args.fp32_masters else dtype
     try:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, **common, **chosen)
+        if layout is not None:
+            check_config(AutoConfig.from_pretrained(args.model, **common), layout)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, **common, **chosen)
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, **common)
-    except (OSError, ValueError) as error:
+    except MoEError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
         raise MoEError(f"Could not load {args.model!r}: {error}") from error
     vocab_size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocab_size:
@@ -95,6 +110,16 @@ def load_checkpoint(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTo
             f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size}. Give the model's own tokenizer."
         )
     return model, tokenizer
+
+
+def given_dtype(args: ModelArguments, training_args: MoETrainingArguments) -> torch.dtype | None:
+    """The dtype in which a checkpoint that is loaded in parts is saved again; None where the parameters tell."""
+    if training_args.layout() is None:
+        return None
+    if args.dtype != "auto":
+        return getattr(torch, args.dtype)
+    common = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    return AutoConfig.from_pretrained(args.model, **common).dtype
 
 
 def build_model(args: ConfigArguments, documents: Dataset) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -143,8 +168,9 @@ def make_trainer(
     documents: tuple[Dataset, Dataset],
     *,
     only_evaluate: bool = False,
+    given_dtype: torch.dtype | None = None,
 ) -> MoETrainer:
-    """Pack `(train, held_out)` documents and build the trainer with its metrics."""
+    """Pack `(train, held_out)` documents and build the trainer with its metrics; `given_dtype` is `MoETrainer`'s."""
     if data.packed:
         check_packing(model)
     train, held_out = documents
@@ -154,6 +180,7 @@ def make_trainer(
         train_dataset=None if only_evaluate else training_blocks(train, tokenizer, data),
         eval_dataset=evaluation_blocks(held_out, tokenizer, data),
         processing_class=tokenizer,
+        given_dtype=given_dtype,
         compute_metrics=LanguageModelMetrics(),
         preprocess_logits_for_metrics=token_statistics,
     )
@@ -168,8 +195,11 @@ def prepare_run(args: MoETrainingArguments) -> None:
     if not resume:
         choose_checkpoint(args.output_dir, None)
     set_seed(args.seed)
+    check_launch(args.world_size)
+    layout = args.layout()
     if args.process_index == 0:
-        print(f"{args.world_size} process{'es' if args.world_size > 1 else ''} on {args.device.type}")
+        words = "" if layout is None else f", {describe_layout(layout, args.world_size)}"
+        print(f"{args.world_size} process{'es' if args.world_size > 1 else ''} on {args.device.type}{words}")
 
 
 def train_and_save(trainer: MoETrainer) -> dict[str, float]:

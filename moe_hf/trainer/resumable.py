@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from moe_hf.errors import MoEError
 from moe_hf.trainer import optimizer_states
-from moe_hf.trainer.checkpoint_writer import CheckpointWriter
+from moe_hf.trainer.checkpoint_writer import CheckpointWriter, Write, together
 from moe_hf.trainer.checkpoints import (
     agree,
     load_shards_,
@@ -31,6 +31,7 @@ from moe_hf.trainer.checkpoints import (
     publish,
     read_weights,
     shared_folder,
+    weights_at_hand,
 )
 from moe_hf.trainer.layouts import check_launch, check_model, describe_layout, distribute, is_sharded, layout_of
 
@@ -155,8 +156,9 @@ class ResumableTrainer(Trainer):
                 self.state.best_model_checkpoint = str(best)
         # A folder of this name is a damaged checkpoint that resuming skipped.
         staging = self._agree(lambda: prepare_folder(final, replace=True))
+        writes = [self._weights_write(staging), self._optimizer_write(staging)]
         try:
-            writes = self._start_save(staging)
+            together(partial(self._write_small_files, staging))
         except BaseException:
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -173,42 +175,44 @@ class ResumableTrainer(Trainer):
             use_mtime=True,
         )
 
-    def _start_save(self, folder: Path) -> list[Callable]:
-        """Write what is small, and return what is left to write, which later steps do not change in the background."""
-        is_main, background, writes = self.args.should_save, self._writer.background, []
-        if is_sharded(self.model) or background:
-            weights = self._whole_weights(copied=background)
-            writes += [lambda group: self._write_whole(weights, folder)] if is_main else []
-        else:
-            self.save_model(str(folder), _internal_call=True)
+    def _weights_write(self, folder: Path) -> Write:
+        """What writes the model, from weights that later steps do not change where that happens beside them."""
+        if not (is_sharded(self.model) or self._writer.background):
+            return lambda group: self.save_model(str(folder), _internal_call=True)
+        weights = self._whole_weights(copied=self._writer.background)
+        return lambda group: self._write_whole(weights, folder) if self.args.should_save else None
+
+    def _optimizer_write(self, folder: Path) -> Write:
+        """What writes the optimizer's state, likewise."""
+        if self.args.save_only_model:
+            return lambda group: None
+        if self.is_deepspeed_enabled:
+            return lambda group: self._save_optimizer_and_scheduler(str(folder))
+        model, optimizer, background = self._unwrapped(), self._own_optimizer(), self._writer.background
+        if is_sharded(model):
+            state = optimizer_states.sharded_state(model, optimizer, copied=background)
+            return lambda group: optimizer_states.write_sharded(state, folder, group)
+        if not self.args.should_save:
+            return lambda group: None
+        state = optimizer.state_dict()
+        state = optimizer_states.copies(state) if background else state
+        return lambda group: torch.save(state, folder / optimizer_states.WHOLE)
+
+    def _write_small_files(self, folder: Path) -> None:
+        """Write everything but the weights and the optimizer's state."""
+        is_main = self.args.should_save
         if not self.args.save_only_model:
-            writes += self._start_optimizer_save(folder)
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
+            if is_main and not self.is_deepspeed_enabled:
+                names = optimizer_states.parameter_names(self._unwrapped(), self._own_optimizer())
+                optimizer_states.write_names(names, folder)
+                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
         if is_main:
             self._record_callback_states()
             self.state.save_to_json(str(folder / TRAINER_STATE))
             run = {"layout": self._layout_words(), "global_batch_size": self._global_batch_size()}
             (folder / RUN_FILE).write_text(json.dumps(run) + "\n", encoding="utf-8")
-        return writes
-
-    def _start_optimizer_save(self, folder: Path) -> list[Callable]:
-        if self.is_deepspeed_enabled:
-            self._save_optimizer_and_scheduler(str(folder))
-            return []
-        is_main, background = self.args.should_save, self._writer.background
-        model, optimizer = self._unwrapped(), self._own_optimizer()
-        if is_main:
-            optimizer_states.write_names(optimizer_states.parameter_names(model, optimizer), folder)
-            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
-        if is_sharded(model):
-            state = optimizer_states.sharded_state(model, optimizer, copied=background)
-            return [lambda group: optimizer_states.write_sharded(state, folder, group)]
-        if not is_main:
-            return []
-        state = optimizer.state_dict()
-        state = optimizer_states.copies(state) if background else state
-        return [lambda group: torch.save(state, folder / optimizer_states.WHOLE)]
 
     def _whole_weights(self, *, copied: bool) -> dict[str, torch.Tensor]:
         """All weights on the main process, nothing on the others."""
@@ -378,22 +382,3 @@ def _saving_allowed(args: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         args.save_only_model = asked
-
-
-@contextmanager
-def weights_at_hand(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let the main process save a sharded model alone: its weights were gathered before."""
-    shadowed = {
-        "gather_sharded_state_dict_for_save": lambda *args, **kwargs: dict(weights),
-        "barrier_after_gathered_checkpoint_save": lambda *args: None,
-    }
-    if not is_sharded(model):
-        yield
-        return
-    for name, function in shadowed.items():
-        setattr(model, name, function)
-    try:
-        yield
-    finally:
-        for name in shadowed:
-            delattr(model, name)

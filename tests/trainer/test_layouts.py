@@ -1,0 +1,304 @@
+"""Training in every layout on two gloo processes: what it computes, saves, resumes, and refuses."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_hf import MoEError
+from moe_hf.trainer.checkpoints import newest_whole_checkpoint
+from moe_hf.trainer.layouts import check_launch, choose_layout, describe_layout
+from tests.processes import Cases
+from tests.trainer.layout_runs import KINDS, MODES, SHARDED, all_cases, build, evaluated, steps, summary, trainer_of
+from tests.trainer.runs import BIASED, GLOBAL_BATCH, correction_biases
+
+
+# Models of transformers are run by `make test` where their experts are sharded, and everywhere by `make test-all`.
+QUICK = ("ddp-ours", "fsdp-ours", "ep_fsdp-ours", "tp-ours", "tp_ep-ours", "ep_fsdp-mixtral", "tp-qwen3_moe")
+SLOW = pytest.mark.slow
+WRAPPERS = {
+    "ddp": "DistributedDataParallel", "fsdp": "FSDP{}", "ep_fsdp": "FSDP{}", "tp": "{}", "tp_ep": "{}",
+}  # fmt: skip
+CLASSES = {"ours": "MoEForCausalLM", "mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+
+
+def chosen(names: list[str], quick: tuple[str, ...]) -> list:
+    """Parameters of a test, those that are not in `quick` marked slow."""
+    return [pytest.param(name, marks=() if name in quick else SLOW, id=name) for name in names]
+
+
+EVERYWHERE = chosen([f"{mode}-{kind}" for mode in MODES for kind in KINDS], QUICK)
+IN_SHARDS = chosen(SHARDED, ("ep_fsdp", "tp"))
+
+
+def is_quick(case: str) -> bool:
+    what, _, where = case.partition("-")
+    if what in ("resume", "steps"):
+        return where in QUICK
+    return case in ("async-ddp", "reshard-ours") or what in ("parts", "evaluated", "refusals", "fails") or (
+        what != "reshard" and where in ("ep_fsdp", "tp")
+    )  # fmt: skip
+
+
+class TwoLaunches:
+    """The cases of `make test` in one launch of two processes, the slow ones in another."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._launches = {}
+        for quick in (True, False):
+            names = [name for name in all_cases() if is_quick(name) == quick]
+            (folder / str(quick)).mkdir()
+            self._launches[quick] = Cases(
+                "tests.trainer.layout_runs", folder / str(quick), arguments=names, timeout=900
+            )
+
+    def __getitem__(self, name: str):
+        return self._launches[is_quick(name)][name]
+
+    def folder_of(self, name: str) -> Path:
+        return self.folder / str(is_quick(name)) / name
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> TwoLaunches:
+    return TwoLaunches(tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same four steps in one process, by their arguments."""
+    known = {}
+
+    def run(kind: str, **fields) -> dict:
+        key = (kind, str(fields))
+        if key not in known:
+            known[key] = steps(kind, "alone", tmp_path_factory.mktemp("alone"), **fields)
+        return known[key]
+
+    return run
+
+
+def relative(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert actual.keys() == expected.keys()
+    return max(float((actual[k] - v).norm() / v.norm().clamp_min(1e-12)) for k, v in expected.items())
+
+
+def bitwise(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return actual.keys() == expected.keys() and all(torch.equal(actual[k], v) for k, v in expected.items())
+
+
+def assert_layout(found: dict, mode: str, kind: str = "ours") -> None:
+    assert found["num_processes"] == 2
+    assert found["wrapper"] == WRAPPERS[mode].format(CLASSES[kind])
+    assert found["is_sharded"] == (mode != "ddp")
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_steps_of_two_processes_are_those_of_one(case, cases, alone):
+    mode, _, kind = case.partition("-")
+    two, one = cases[f"steps-{case}"], alone(kind)
+    assert_layout(two, mode, kind)
+    assert relative(two["weights"], one["weights"]) <= 2e-6
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    # Clipped, by a norm over several meshes.
+    assert two["norms"] == pytest.approx(one["norms"], rel=1e-5)
+    assert min(one["norms"]) > 0.05
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_frozen_parameters_do_not_change(case, cases):
+    mode, _, kind = case.partition("-")
+    found, before = cases[f"steps-{case}"], build(kind).state_dict()
+    frozen = [name for name in before if name not in found["with_gradient"]]
+    assert frozen and all(torch.equal(found["weights"][name], before[name]) for name in frozen)
+    assert all(not torch.equal(found["weights"][name], before[name]) for name in found["with_gradient"])
+
+
+def test_fsdp_equals_ddp_bitwise(cases):
+    ddp, fsdp = cases["steps-ddp-ours"], cases["steps-fsdp-ours"]
+    assert fsdp["losses"] == ddp["losses"]
+    # Clipping adds up norms in another order.
+    assert relative(fsdp["weights"], ddp["weights"]) <= 1e-7
+
+
+@pytest.mark.parametrize("mode", IN_SHARDS)
+@pytest.mark.parametrize(
+    ("what", "model_fields"), [("accumulated", {}), ("biased", BIASED), ("global_batch", GLOBAL_BATCH)]
+)
+def test_what_looks_at_a_whole_step_sees_all_processes(what, model_fields, mode, cases, alone):
+    fields = {"gradient_accumulation_steps": 2} if what == "accumulated" else {"model_fields": model_fields}
+    two, one = cases[f"{what}-{mode}"], alone("ours", **({} if what == "accumulated" else fields))
+    assert_layout(two, mode)
+    assert relative(two["weights"], one["weights"]) <= 2e-6
+    biases = correction_biases(one["weights"])
+    assert len(biases) == (2 if what == "biased" else 0)
+    assert all(torch.equal(two["weights"][name], bias) for name, bias in biases.items())
+
+
+@pytest.mark.parametrize("mode", IN_SHARDS)
+def test_process_that_gets_no_token_takes_part(mode, cases):
+    found = cases[f"starved-{mode}"]
+    assert_layout(found, mode)
+    assert {name for name, has in found["has_gradient"].items() if has} == set(found["with_gradient"])
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_three_plus_three_steps_are_six(case, cases):
+    mode, _, kind = case.partition("-")
+    found = cases[f"resume-{case}"]
+    whole, again = found["whole"], found["again"]
+    assert_layout(again, mode, kind)
+    assert again["losses"] == whole["losses"] and len(whole["losses"]) == 6
+    assert bitwise(again["weights"], whole["weights"])
+    rates, rates_again = found["rates"]
+    assert rates == rates_again and len(set(rates)) == 6
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_checkpoint_is_a_plain_folder_of_the_whole_model(case, cases):
+    assert cases[f"resume-{case}"]["saved_is_equal"]
+
+
+@pytest.mark.parametrize("mode", [pytest.param("ddp", id="ddp"), *IN_SHARDS])
+def test_checkpoints_written_beside_training_are_the_same(mode, cases):
+    found, usual = cases[f"async-{mode}"], cases[f"resume-{mode}-ours"]
+    assert found["saved_is_equal"]
+    assert bitwise(found["again"]["weights"], usual["whole"]["weights"])
+    assert found["again"]["losses"] == usual["whole"]["losses"]
+
+
+@pytest.mark.parametrize("kind", chosen(list(KINDS), ("ours",)))
+def test_run_goes_on_in_other_layouts_and_in_one_process(kind, cases, tmp_path):
+    two = cases[f"reshard-{kind}"]
+    assert len(set(two["words"])) == 4
+    fields = {"max_steps": 12, "lr_scheduler_type": "constant"}
+    whole = trainer_of(build(kind), tmp_path / "whole", "alone", **fields)
+    whole.train()
+    last = trainer_of(build(kind), tmp_path / "last", "alone", **fields)
+    last.train(resume_from_checkpoint=two["checkpoint"])
+    assert last.state.global_step == 12
+    assert relative(last.model.state_dict(), whole.model.state_dict()) <= 2e-6
+    assert summary(last)["losses"] == pytest.approx(summary(whole)["losses"], rel=1e-5)
+
+
+def test_checkpoint_of_shards_goes_on_in_one_process(cases, tmp_path):
+    # The folder with the parts of two processes, in the place of the one file.
+    folder = cases.folder_of("masters-ep_fsdp") / "whole" / "checkpoint-2"
+    expected = cases["masters-ep_fsdp"]["whole"]
+    assert (folder / "optimizer" / ".metadata").is_file() and not (folder / "optimizer.pt").exists()
+    again = trainer_of(build("ours").bfloat16(), tmp_path, "alone", max_steps=4)
+    again.train(resume_from_checkpoint=str(folder))
+    # bf16 products differ with the number of rows.
+    assert relative(again.model.state_dict(), expected["weights"]) <= 2e-2
+    assert again.state.global_step == 4
+
+
+@pytest.mark.parametrize("mode", IN_SHARDS)
+def test_float32_masters_of_a_bf16_model_are_resumed_and_saved_in_bf16(mode, cases):
+    found = cases[f"masters-{mode}"]
+    assert_layout(found["whole"], mode)
+    assert found["trained_dtypes"] == {"torch.float32"} and found["autocast"] == "bf16"
+    assert bitwise(found["again"]["weights"], found["whole"]["weights"])
+    assert found["config_dtype"] == "torch.bfloat16"
+    rounded = {name: tensor.bfloat16() for name, tensor in found["whole"]["weights"].items()}
+    assert bitwise(found["final"], rounded)
+
+
+@pytest.mark.parametrize("mode", ["ep_fsdp", "tp"])
+def test_model_loaded_in_parts_trains_and_is_saved_as_it_came(mode, cases):
+    found = cases[f"parts-{mode}"]
+    assert_layout(found, mode)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in found["final"].values())
+    assert bitwise(found["final"], {name: tensor.bfloat16() for name, tensor in found["weights"].items()})
+    assert "cannot become a float32 master" in found["late"]
+    assert "sharded already" in found["differs"]
+
+
+@pytest.mark.parametrize("mode", ["ep_fsdp", "tp"])
+def test_evaluation_counts_each_row_once(mode, cases, tmp_path):
+    assert cases[f"evaluated-{mode}"] == pytest.approx(evaluated("alone", tmp_path), rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["ddp", "ep_fsdp", "async"])
+def test_save_that_one_process_cannot_finish_fails_in_all_and_leaves_nothing(case, cases):
+    found = cases[f"fails-{case}"]
+    assert all("No space left on device" in message for message in found["messages"])
+    assert "Process 1 failed" in found["messages"][0]
+    assert found["left"] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("fault", ["truncated", "flipped", "missing", "no manifest"])
+def test_damaged_part_of_a_sharded_optimizer_is_noticed(fault, cases, tmp_path):
+    assert cases["resume-ep_fsdp-ours"]["saved_is_equal"]
+    for step in (3, 6):
+        source = cases.folder_of("resume-ep_fsdp-ours") / "whole" / f"checkpoint-{step}"
+        shutil.copytree(source, tmp_path / source.name)
+    part = tmp_path / "checkpoint-6" / "optimizer" / "__1_0.distcp"
+    content = bytearray(part.read_bytes())
+    if fault in ("missing", "no manifest"):
+        (part if fault == "missing" else tmp_path / "checkpoint-6" / "moe_hf_manifest.json").unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        part.write_bytes(content if fault == "flipped" else content[:-9])
+    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-3"
+
+
+REFUSED = {
+    "frozen after wrapping": "after the model was wrapped",
+    "scope of a wrapped model": "before it is wrapped",
+    "wrapped already": "wrapped in DistributedDataParallel already",
+    "separate experts": "ddp_find_unused_parameters=True",
+    "separate experts, ep": "stacked in one tensor",
+    "experts do not divide": "does not divide the 3 experts",
+    "ours do not divide": "ep_size=3",
+    "processes": "needs 4 processes, and this run has 2",
+    "no plan": "no tensor-parallel plan for 'gpt2'",
+    "launched apart": "each would train alone",
+    "unknown field": "Did you mean 'ep_size'",
+    "pipeline": "pipeline parallelism",
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_mistake_is_refused_in_a_sentence(mistake, cases):
+    assert REFUSED[mistake] in cases["refusals"][mistake]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world_size", "words"),
+    [
+        ({}, 4, "DDP over 4 processes"),
+        ({"ep_size": 4}, 4, "fsdp_size=4, ep_size=4 over 4 processes"),
+        ({"tp_size": 2}, 8, "fsdp_size=4, tp_size=2 over 8 processes"),
+        ({"tp_size": 2, "ep_size": 8}, 8, "fsdp_size=4, tp_size=2, ep_size=8 over 8 processes"),
+        ({"dp_replicate_size": 2, "ep_size": 4}, 8, "dp_replicate_size=2, fsdp_size=4, ep_size=4 over 8 processes"),
+        ({"fsdp_size": 1}, 1, "one process"),
+    ],
+)
+def test_sizes_that_are_not_asked_for_follow(sizes, world_size, words):
+    assert describe_layout(choose_layout(sizes, None, world_size), world_size) == words
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "world_size", "message"),
+    [
+        ({"fsdp_size": 2}, None, 1, "needs 2 processes, and this run has one process.*ACCELERATE_USE_CPU"),
+        ({"tp_size": 3}, None, 4, "needs 3 processes"),
+        ({"ep_size": 3}, None, 4, "ep_size=3 must"),
+        ({"tp_size": 2, "ep_size": 1}, {"ep_size": 2}, 2, "Give it once"),
+        ({"fsdp_size": 0}, None, 2, "whole number from 1"),
+        ({}, {"enable_expert_parallel": True}, 2, "give ep_size"),
+        ({}, {"fsdp_size": 2, "ep_plan": "all"}, 2, "transformers refuses"),
+    ],
+)
+def test_layout_that_cannot_be_is_refused(sizes, options, world_size, message):
+    with pytest.raises(MoEError, match=message):
+        choose_layout(sizes, options, world_size)
+
+
+def test_process_that_finds_itself_alone_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MoEError, match="2 processes were started, and this one found 1"):
+        check_launch(1)
