@@ -27,10 +27,13 @@ class CaseResult:
     error: str | None = None
 
 
-def launch(command: list[str], timeout: int = 240) -> str:
-    """Run a command that starts CPU processes; without the variable accelerate takes them for one or for none."""
+def launch(command: list[str], timeout: int = 240, backend: str = "gloo") -> str:
+    """Run a command that starts processes: on the CPU, where no GPU is seen, or with `backend="nccl"` one per GPU."""
     python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
+    if backend == "gloo":
+        # Without the first accelerate takes the processes for one or for none.
+        environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT
     )
@@ -48,18 +51,25 @@ class Cases:
     """The results of the cases of `module`, which `run_cases` ran in several processes when the first was asked for."""
 
     def __init__(
-        self, module: str, folder: Path, processes: int = 2, arguments: Iterable[str] = (), timeout: int = 240
+        self,
+        module: str,
+        folder: Path,
+        processes: int = 2,
+        arguments: Iterable[str] = (),
+        timeout: int = 240,
+        backend: str = "gloo",
     ):
         self._command = torchrun(module, str(folder), *arguments, processes=processes)
         self._file, self._processes, self._timeout = folder / RESULTS, processes, timeout
+        self._backend = backend
         self._results: dict[str, CaseResult] | None = None
 
     def __getitem__(self, name: str) -> Any:
         """What the case returned; its failure is this test's."""
         if self._results is None:
-            launch(self._command, self._timeout)
+            launch(self._command, self._timeout, self._backend)
             loaded = torch.load(self._file, weights_only=False)
-            assert (loaded["world_size"], loaded["backend"]) == (self._processes, "gloo")
+            assert (loaded["world_size"], loaded["backend"]) == (self._processes, self._backend)
             self._results = loaded["cases"]
         result = self._results[name]
         if result.error is not None:
@@ -71,7 +81,10 @@ def run_cases(cases: dict[str, Callable[[Path], Any]], folder: Path) -> None:
     """Run each case in a folder of its own, in all processes; the first one writes the results."""
     if not dist.is_initialized():
         # A case that fails in one process only leaves the others waiting.
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=60))
     results: dict[str, CaseResult] = {}
     for name, case in cases.items():
         value, error = None, None

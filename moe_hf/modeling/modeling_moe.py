@@ -193,7 +193,8 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
             "AutoModelForCausalLM": "modeling_moe.MoEForCausalLM",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
-        save_custom_code(self.config, save_directory)
+        if self.should_save_on_this_rank(kwargs.get("is_main_process", True)):
+            save_custom_code(self.config, save_directory)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """As in transformers; where moe_hf is installed, `tokenizer` and the other arguments of `push_model` too."""

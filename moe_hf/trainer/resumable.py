@@ -66,6 +66,9 @@ class ResumableTrainer(Trainer):
             super().__init__(model, args, **kwargs)
         self._refuse_unsupported()
         self._tell_batches_apart()
+        if self.is_deepspeed_enabled and any(not p.requires_grad for p in model.parameters()):
+            # ZeRO-3 fails in the backward pass of a layer whose inputs need no gradient.
+            model.enable_input_require_grads()
 
     def _refuse_unsupported(self) -> None:
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:

@@ -1,38 +1,55 @@
-"""Two gloo ranks: tensor and expert parallelism and FSDP2 give one process's logits, gradients and saved weights."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Gloo ranks: in each layout each kind of block has one process's logits, gradients and saved weights, or is refused."""
 
 import pytest
-import torch
 
-from moe_hf import upcycle
-from tests.tiny_models import tiny_dense
-
-
-WORKER = Path(__file__).parent / "parallel_worker.py"
-ROOT = WORKER.parents[2]
-SIZES = {"vocab_size": 112, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}
+from tests.modeling.parallel_worker import FOUR, LAYOUTS, MODELS
+from tests.processes import Cases
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param("llama", id="gated"), pytest.param("starcoder2", id="plain_biased")],
-)
-def test_sharded_model_equals_the_whole_one(family, tmp_path):
-    quiet = {"residual_dropout": 0.0, "embedding_dropout": 0.0} if family == "starcoder2" else {}
-    torch.manual_seed(0)
-    upcycle(tiny_dense(family, **SIZES, **quiet), num_experts=4, noise=0.2).save_pretrained(tmp_path / "model")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + [str(WORKER), str(tmp_path / "model")],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("compared tp tp_ep fsdp ep_fsdp") == 2
+# What cannot be, and what the refusal says.
+REFUSED = {
+    **{f"{layout}-{kind}": "mixes the weights of all experts" for layout in ("tp_ep", "ep_fsdp")
+       for kind in ("merged", "merged_biased")},
+    **{f"{layout}-gpt2": "no tensor-parallel plan for 'gpt2'" for layout in ("tp", "tp_ep")},
+}  # fmt: skip
+TWO = [f"{layout}-{kind}" for layout in LAYOUTS for kind in MODELS]
+QUICK_KINDS = ("gated", "biased", "tied", "residual", "extra_biased", "merged_biased", "gpt2", "qwen3_moe")
+QUICK = [f"{layout}-{kind}" for layout in ("tp", "ep_fsdp") for kind in QUICK_KINDS]
+QUICK += ["fsdp-gated", "fsdp-extra_biased", "tp_ep-gated", "tp_ep-extra_biased"]
+ON_FOUR = [f"{layout}-{kind}" for layout in FOUR for kind in ("gated", "extra_biased", "qwen3_moe")]
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """The cases of `make test`, the other ones on two processes, and those on four: three launches."""
+    lists = {"quick": (2, QUICK), "slow": (2, [name for name in TWO if name not in QUICK]), "four": (4, ON_FOUR)}
+    launches = {}
+    for name, (processes, arguments) in lists.items():
+        folder = tmp_path_factory.mktemp(name)
+        launches[name] = Cases("tests.modeling.parallel_worker", folder, processes, arguments, timeout=900)
+    return launches
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in QUICK else SLOW) for case in TWO])
+def test_sharded_block_equals_the_whole_one(case, cases):
+    found = cases["quick" if case in QUICK else "slow"][case]
+    if case in REFUSED:
+        assert REFUSED[case] in found["refused"]
+        return
+    assert_equal(found, is_fsdp="fsdp" in case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ON_FOUR)
+def test_block_on_four_processes_equals_the_whole_one(case, cases):
+    assert_equal(cases["four"][case], is_fsdp=True)
+
+
+def assert_equal(found: dict, is_fsdp: bool) -> None:
+    assert found["expert_is_sharded"] and found["is_fsdp"] == is_fsdp
+    assert found["logits"] <= 2e-6
+    assert found["without_gradient"] == []
+    worst = max(found["gradients"], key=found["gradients"].get)
+    assert found["gradients"][worst] <= 5e-6, worst
+    assert found["saved_is_equal"]

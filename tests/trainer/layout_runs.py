@@ -36,11 +36,15 @@ def data(count: int = 28):
 
 
 def build(kind: str, dropout: float = 0.0, **fields) -> PreTrainedModel:
-    """An upcycled llama whose experts differ, or a native MoE of transformers, with sizes that two divides."""
+    """An upcycled llama whose experts differ, or a native MoE of transformers, with sizes that two divides.
+
+    Its balance loss, whose statistics are those of a process, is off unless `fields` say otherwise.
+    """
     from moe_hf import upcycle
 
     if kind != "ours":
         return tiny_native_moe(kind, **SIZES, attention_dropout=dropout)
+    fields = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1} | fields
     return upcycle(tiny_dense("llama", **SIZES, attention_dropout=dropout), num_experts=4, noise=0.5, seed=1, **fields)
 
 
@@ -53,7 +57,11 @@ def trainer_of(model: PreTrainedModel, folder: Path, mode: str, **fields) -> MoE
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     accumulation = fields.get("gradient_accumulation_steps", 1)
     given = {name: fields.pop(name) for name in ("given_dtype", "eval_dataset", "compute_metrics") if name in fields}
-    defaults = {"scope": "moe", "per_device_train_batch_size": rows_per_process(mode, world_size) // accumulation}
+    defaults = {
+        "scope": "moe",
+        "use_cpu": not torch.cuda.is_available(),
+        "per_device_train_batch_size": rows_per_process(mode, world_size) // accumulation,
+    }
     args = arguments(folder, **(defaults | MODES.get(mode, {}) | fields))
     return MoETrainer(model, args, train_dataset=data(), **given)
 
@@ -79,7 +87,8 @@ def summary(trainer: MoETrainer) -> dict[str, Any]:
 
 def steps(kind: str, mode: str, folder: Path, model_fields: dict | None = None, **fields) -> dict[str, Any]:
     """Four steps in scope `moe` with clipping."""
-    trainer = trainer_of(build(kind, **(model_fields or {})), folder, mode, max_grad_norm=0.05, **fields)
+    fields = {"max_grad_norm": 0.05} | fields
+    trainer = trainer_of(build(kind, **(model_fields or {})), folder, mode, **fields)
     trainer.train()
     return summary(trainer)
 
@@ -279,6 +288,7 @@ def all_cases() -> dict[str, Any]:
     """Every case by name."""
     cases = {f"resume-{mode}-{kind}": partial(resume, kind, mode) for mode in MODES for kind in KINDS}
     cases |= {f"steps-{mode}-{kind}": partial(steps, kind, mode) for mode in MODES for kind in KINDS}
+    cases |= {f"unclipped-{mode}": partial(steps, "ours", mode, max_grad_norm=0.0) for mode in ("ddp", "fsdp")}
     for mode in SHARDED:
         cases[f"accumulated-{mode}"] = partial(steps, "ours", mode, gradient_accumulation_steps=2)
         cases[f"biased-{mode}"] = partial(steps, "ours", mode, model_fields=BIASED)

@@ -1,34 +1,18 @@
 """Two gloo processes do what one does. One torchrun makes all runs, since most of its time is imports."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.processes import launch, torchrun
 from tests.trainer.runs import BIASED, GLOBAL_BATCH, KINDS, correction_biases, four_steps, router_loss_gradient
-
-
-ROOT = Path(__file__).parents[2]
-
-
-def launch(command: list[str], timeout: int = 240) -> str:
-    """Run a command with two CPU processes; without the variable accelerate would take them for one or for none."""
-    python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("two_processes")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    launch([*torchrun, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", "tests.trainer.runs", str(folder)])
+    launch(torchrun("tests.trainer.runs", str(folder)))
     loaded = torch.load(folder / "results.pt", weights_only=False)
     assert loaded["world_size"] == 2 and loaded["backend"] == "gloo"
     return loaded

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moe_hf import MoEError
 from moe_hf.data import load_text, split_by_document
 from moe_hf.trainer.programs import run_program
-from tests.trainer.test_distributed import ROOT, launch
+from tests.processes import ROOT, launch
 
 
 TINY = {
@@ -135,6 +135,35 @@ def test_mistake_is_one_clear_error_and_writes_nothing(program, argv, message, p
     assert caught.value.code == 2
     assert message in captured and "Traceback" not in captured
     assert not output.exists()
+
+
+@pytest.mark.parametrize("layout", ["--ep_size=2", pytest.param("--tp_size=2", marks=pytest.mark.slow)])
+def test_finetuning_takes_a_layout(layout, pretrained, text, tmp_path):
+    output = launch(
+        [
+            sys.executable, "-m", "accelerate.commands.launch",
+            "--config_file", str(ROOT / "training" / "accelerate" / "multi_cpu.yaml"), "--main_process_port", "0",
+            str(ROOT / "training" / "finetune.py"), "--config=finetune_moe", f"--model={pretrained / 'final'}",
+            f"--dataset={text}", f"--output_dir={tmp_path / 'out'}", layout,
+            *[flag for flag in QUICK if "use_cpu" not in flag],
+        ]
+    )  # fmt: skip
+    assert "2 processes on cpu, " in output and layout[2:] in output
+    before = AutoModelForCausalLM.from_pretrained(pretrained / "final").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final").state_dict()
+    assert all(torch.equal(after[name], tensor) == (".mlp." not in name) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("--ep_size=2", "ep_size=2 must"), ("--fsdp_size=2", "has one process"), ("--distributed_config={", "not JSON")],
+)
+def test_layout_for_several_processes_in_one_is_refused(argument, message, pretrained, text, tmp_path, capsys):
+    argv = [f"--model={pretrained / 'final'}", f"--dataset={text}", f"--output_dir={tmp_path / 'out'}", argument]
+    with pytest.raises(SystemExit):
+        run_program(lambda: run("finetune", *argv, *QUICK))
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_program_runs_in_two_processes_from_accelerate_launch(text, tmp_path):
