@@ -5,6 +5,7 @@ from functools import cache
 
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutput
 
 from .config_checks import MoEError
@@ -95,13 +96,12 @@ def _decoder_for_generic_head(text_config: PreTrainedConfig, generic_head: type)
     decoder = decoder[0] if isinstance(decoder, tuple) else decoder
     is_model = decoder is not None and issubclass(decoder, PreTrainedModel)
     signature = inspect.signature(decoder.forward if is_model else object)
-    arguments = signature.parameters
-    # What generic heads call a decoder with, and read from its output: a plain BaseModelOutput has no cache.
-    has_cache = "past_key_values" in arguments and signature.return_annotation is not BaseModelOutput
-    if not has_cache or "decoder_input_ids" in arguments:
+    # The head of sequences hands on the decoder's cache, which a plain BaseModelOutput has not.
+    lacks_cache = generic_head is GenericForSequenceClassification and signature.return_annotation is BaseModelOutput
+    if not is_model or "decoder_input_ids" in signature.parameters or lacks_cache:
         task = generic_head.__name__.removeprefix("Generic")
         raise MoEError(
             f"transformers has no {task} for {text_config.model_type!r}, and its generic head fits decoders alone "
-            f"that take and return past_key_values; {decoder.__name__ if is_model else 'this family'} is not one."
+            f"that return a cache; {decoder.__name__ if is_model else 'this family'} is not one."
         )
     return decoder
