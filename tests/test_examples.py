@@ -93,6 +93,14 @@ def test_08_mixed_specialists_know_what_both_know():
     assert rows["mix, trained on both"][-1] < min(rows["code specialist"][-1], rows["prose specialist"][-1])
 
 
+def test_12_two_processes_and_one_reach_the_same_loss(tmp_path):
+    output = run("12_two_processes.py", str(tmp_path))
+    assert "2 processes, 2 of 4 experts in each" in output
+    two, one = (float(loss) for loss in re.findall(r"loss (\d\.\d{4})$", output, re.MULTILINE))
+    assert abs(two - one) <= 2e-3
+    assert (tmp_path / "checkpoint-6" / "optimizer" / ".metadata").is_file()
+
+
 def test_the_convolution_expert_can_be_chosen():
     assert run("convolution_expert.py") == ""
     config = MoEConfig(text_config=tiny_config("llama"), num_experts=4, extra_experts=["causal_convolution"])

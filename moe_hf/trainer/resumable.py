@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -75,6 +76,11 @@ class ResumableTrainer(Trainer):
             raise MoEError("Accelerate's FSDP version 1 is not supported: set fsdp_version: 2, or fsdp_size.")
         if self.is_fsdp_enabled and layout_of(self.model) is not None:
             raise MoEError("fsdp_size and Accelerate's FSDP both shard the model: start without its FSDP settings.")
+        asked, got = self.args.deepspeed is not None, self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if asked and not got:
+            raise MoEError(
+                "Accelerate starts no DeepSpeed here, on a CPU or with use_cpu. Leave deepspeed out, or use GPUs."
+            )
         if self._writer.background and self.is_deepspeed_enabled:
             raise MoEError("async_save does not write the checkpoints of DeepSpeed. Leave it out.")
 

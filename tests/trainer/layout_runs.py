@@ -43,7 +43,7 @@ def build(kind: str, dropout: float = 0.0, **fields) -> PreTrainedModel:
     from moe_hf import upcycle
 
     if kind != "ours":
-        return tiny_native_moe(kind, **SIZES, attention_dropout=dropout)
+        return tiny_native_moe(kind, **SIZES, attention_dropout=dropout, router_aux_loss_coef=0.0)
     fields = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1} | fields
     return upcycle(tiny_dense("llama", **SIZES, attention_dropout=dropout), num_experts=4, noise=0.5, seed=1, **fields)
 
