@@ -11,6 +11,7 @@ from functools import wraps
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -20,6 +21,7 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -161,6 +163,13 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.should_save_on_this_rank(kwargs.get("is_main_process", True)):
             save_custom_code(self.config, save_directory)
+            if isinstance(self, FSDPModule):
+                custom_object_save(self._generic_class, save_directory)
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """As in transformers; False under FSDP, whose class it would save in the place of ours (see `save_pretrained`)."""
+        return super().is_remote_code() and not issubclass(cls, FSDPModule)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """As in transformers; where moe_hf is installed, `tokenizer` and the other arguments of `push_model` too."""

@@ -1,5 +1,6 @@
 """The processes of test_parallel: each loads models sharded, compares them with the whole ones, and saves them."""
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -106,9 +107,13 @@ def compare(kind: str, sizes: dict[str, int], folder: Path) -> dict[str, Any]:
     model.save_pretrained(folder / "saved")
     dist.barrier()
     saved = AutoModelForCausalLM.from_pretrained(folder / "saved").state_dict()
+    config, files = json.loads((folder / "saved" / "config.json").read_text()), (folder / "saved").glob("*.py")
+    plain = json.loads((folder / "model" / "config.json").read_text())
     sharded = [name for name, p in model.named_parameters() if hasattr(p, "placements")]
     return {
         "is_fsdp": isinstance(model, FSDPModule),
+        "auto_map_is_equal": config.get("auto_map") == plain.get("auto_map"),
+        "code_is_equal": {f.name for f in files} == {f.name for f in (folder / "model").glob("*.py")},
         "expert_is_sharded": any(".experts." in name for name in sharded),
         "logits": relative(whole(output.logits), parts[mine].logits),
         "gradients": gradients,

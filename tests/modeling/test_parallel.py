@@ -52,4 +52,4 @@ def assert_equal(found: dict, is_fsdp: bool) -> None:
     assert found["without_gradient"] == []
     worst = max(found["gradients"], key=found["gradients"].get)
     assert found["gradients"][worst] <= 5e-6, worst
-    assert found["saved_is_equal"]
+    assert found["saved_is_equal"] and found["auto_map_is_equal"] and found["code_is_equal"]
