@@ -1,6 +1,6 @@
 """Parallel plans of the blocks, by the names that transformers' `DistributedConfig` reads, and what they refuse."""
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from .configuration_moe import MoEConfig, MoEError
@@ -82,6 +82,7 @@ def refuse_layout(model: PreTrainedModel, layout: DistributedConfig, merges_expe
             f"transformers has no tensor-parallel plan for {config.text_config.model_type!r}, so tp_size="
             f"{layout.tp_size} is refused. Shard it with fsdp_size, and its experts with ep_size."
         )
+    refuse_heads(config, layout.tp_size)
     if layout.ep_size == 1:
         return
     if merges_experts:
@@ -96,3 +97,15 @@ def refuse_layout(model: PreTrainedModel, layout: DistributedConfig, merges_expe
                 f"ep_size={layout.ep_size} does not divide the {experts} experts of layer {site.layer_index}. Choose a "
                 "divisor, or another number of experts."
             )
+
+
+def refuse_heads(config: PreTrainedConfig, tp_size: int) -> None:
+    """Refuse a number of attention heads that tensor parallelism cannot share out: torch fails in the forward pass.
+
+    Raises:
+        MoEError: `tp_size` does not divide the heads, or the key-value heads.
+    """
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name, None)
+        if isinstance(heads, int) and heads % tp_size:
+            raise MoEError(f"tp_size={tp_size} does not divide {name}, {heads}. Choose a divisor, or use fsdp_size.")

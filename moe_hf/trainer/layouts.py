@@ -27,6 +27,7 @@ from transformers.distributed import DistributedConfig
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.scopes import find_moe_blocks
+from moe_hf.modeling.parallel_plans import refuse_heads
 
 
 SIZES = ("dp_replicate_size", "fsdp_size", "tp_size", "ep_size")
@@ -160,6 +161,7 @@ def check_model(model: nn.Module, layout: DistributedConfig | None, world_size: 
         raise MoEError(
             f"A layout needs a model of transformers, and got {type(model).__name__}. Use DDP for adapters."
         )
+    refuse_heads(model.config, layout.tp_size)
     for name, block in blocks.items():
         experts = max((len(p) for p in block.experts.parameters() if p.ndim >= 3), default=layout.ep_size)
         _check_divides(layout.ep_size, experts, name)
@@ -169,12 +171,15 @@ def check_config(config: PreTrainedConfig, layout: DistributedConfig | None) -> 
     """As `check_model`, before a model is loaded, where its configuration says how many experts it has.
 
     Raises:
-        MoEError: experts that `ep_size` does not divide.
+        MoEError: experts that `ep_size` does not divide, heads that `tp_size` does not.
     """
+    if layout is None:
+        return
+    refuse_heads(config, layout.tp_size)
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         experts = getattr(config, name, None)
         # With a number per layer the model says it, as it is built.
-        if layout is not None and isinstance(experts, int) and getattr(config, "num_experts_per_layer", None) is None:
+        if isinstance(experts, int) and getattr(config, "num_experts_per_layer", None) is None:
             _check_divides(layout.ep_size, experts, type(config).__name__)
 
 

@@ -2,12 +2,16 @@
 
 import os
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_hf import MoEError
@@ -116,6 +120,34 @@ def resume(kind: str, mode: str, folder: Path, **fields) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def accelerate_fsdp2():
+    """Accelerate's own FSDP2 on a CPU, where it uses DDP without a word."""
+    variables = {"USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    variables |= {"FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+    variables = {(f"ACCELERATE_{name}" if name == "USE_FSDP" else name): value for name, value in variables.items()}
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        is_new = "fsdp_plugin" not in self._shared_state
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if is_new and fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    with mock.patch.dict(os.environ, variables), mock.patch.object(AcceleratorState, "__init__", init):
+        AcceleratorState._reset_state()
+        yield
+    AcceleratorState._reset_state()
+
+
+def resume_with_plugin(folder: Path) -> dict[str, Any]:
+    """As `resume`, sharded by Accelerate."""
+    with accelerate_fsdp2():
+        found = resume("ours", "ddp", folder)
+        together = error_of(lambda: trainer_of(build("ours"), folder, "fsdp"))
+    return found | {"together": together}
+
+
 def reshard(kind: str, folder: Path) -> dict[str, Any]:
     """Two steps in each of several layouts, each from the checkpoint of the one before."""
     checkpoint, words = None, []
@@ -214,6 +246,7 @@ def refusals(folder: Path) -> dict[str, str]:
     """Mistakes that are refused in a sentence, in all processes alike."""
     from torch.nn.parallel import DistributedDataParallel
 
+    from moe_hf import upcycle
     from moe_hf.finetuning import apply_scope
 
     def frozen_after_wrapping() -> None:
@@ -245,6 +278,10 @@ def refusals(folder: Path) -> dict[str, str]:
             tiny_native_moe("mixtral", num_experts=3, num_local_experts=3), folder, "ep_fsdp"
         ),
         "ours do not divide": lambda: trainer_of(build("ours", num_experts_per_tok=1), folder, "ddp", ep_size=3),
+        "heads": lambda: trainer_of(tiny_native_moe("mixtral", num_key_value_heads=1), folder, "tp"),
+        "heads of ours": lambda: trainer_of(
+            upcycle(tiny_dense("llama", num_key_value_heads=3, vocab_size=112), num_experts=4), folder, "tp"
+        ),
         "processes": lambda: trainer_of(build("ours"), folder, "ddp", fsdp_size=4),
         "no plan": lambda: trainer_of(_gpt2(), folder, "tp"),
         "launched apart": environment,
@@ -296,6 +333,7 @@ def all_cases() -> dict[str, Any]:
         cases[f"starved-{mode}"] = partial(starved, mode)
         cases[f"masters-{mode}"] = partial(masters, mode)
         cases[f"async-{mode}"] = partial(resume, "ours", mode, async_save=True)
+    cases["plugin"] = resume_with_plugin
     cases["async-ddp"] = partial(resume, "ours", "ddp", async_save=True)
     cases |= {f"parts-{mode}": partial(loaded_in_parts, mode) for mode in ("ep_fsdp", "tp")}
     cases |= {f"evaluated-{mode}": partial(evaluated, mode) for mode in ("ep_fsdp", "tp")}

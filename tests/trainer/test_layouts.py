@@ -36,7 +36,7 @@ def is_quick(case: str) -> bool:
     what, _, where = case.partition("-")
     if what in ("resume", "steps"):
         return where in QUICK
-    return case in ("async-ddp", "reshard-ours") or what in ("parts", "evaluated", "refusals", "fails", "unclipped") or (
+    return case in ("async-ddp", "reshard-ours") or what in ("parts", "evaluated", "refusals", "fails", "unclipped", "plugin") or (
         what != "reshard" and where in ("ep_fsdp", "tp")
     )  # fmt: skip
 
@@ -162,6 +162,14 @@ def test_checkpoint_is_a_plain_folder_of_the_whole_model(case, cases):
     assert cases[f"resume-{case}"]["saved_is_equal"]
 
 
+def test_model_that_accelerate_shards_is_saved_and_resumed_alike(cases):
+    found, usual = cases["plugin"], cases["resume-ddp-ours"]
+    assert found["again"]["wrapper"] == "FSDPMoEForCausalLM" and found["again"]["num_processes"] == 2
+    assert bitwise(found["again"]["weights"], found["whole"]["weights"]) and found["saved_is_equal"]
+    assert relative(found["whole"]["weights"], usual["whole"]["weights"]) <= 2e-6
+    assert "both shard the model" in found["together"]
+
+
 @pytest.mark.parametrize("mode", [pytest.param("ddp", id="ddp"), *IN_SHARDS])
 def test_checkpoints_written_beside_training_are_the_same(mode, cases):
     found, usual = cases[f"async-{mode}"], cases[f"resume-{mode}-ours"]
@@ -254,6 +262,8 @@ REFUSED = {
     "separate experts, ep": "stacked in one tensor",
     "experts do not divide": "does not divide the 3 experts",
     "ours do not divide": "ep_size=3",
+    "heads": "does not divide num_key_value_heads, 1",
+    "heads of ours": "does not divide num_key_value_heads, 3",
     "processes": "needs 4 processes, and this run has 2",
     "no plan": "no tensor-parallel plan for 'gpt2'",
     "launched apart": "each would train alone",

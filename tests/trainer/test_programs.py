@@ -17,7 +17,7 @@ from tests.processes import ROOT, launch
 
 TINY = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2,
 }  # fmt: skip
 QUICK = [
     "--block_size=32", "--max_steps=4", "--save_steps=2", "--eval_steps=2", "--per_device_train_batch_size=4",
