@@ -63,14 +63,18 @@ class Cases:
         self._file, self._processes, self._timeout = folder / RESULTS, processes, timeout
         self._backend = backend
         self._results: dict[str, CaseResult] | None = None
+        self._failure: str | None = None
 
     def __getitem__(self, name: str) -> Any:
         """What the case returned; its failure is this test's."""
+        if self._failure is not None:
+            pytest.fail(self._failure, pytrace=False)
         if self._results is None:
+            self._failure = "the launch of the first case failed"
             launch(self._command, self._timeout, self._backend)
             loaded = torch.load(self._file, weights_only=False)
             assert (loaded["world_size"], loaded["backend"]) == (self._processes, self._backend)
-            self._results = loaded["cases"]
+            self._results, self._failure = loaded["cases"], None
         result = self._results[name]
         if result.error is not None:
             pytest.fail(f"{name}:\n{result.error}", pytrace=False)

@@ -1,6 +1,7 @@
 """`ResumableTrainer`: wrapping, saving and resuming in every layout."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -74,8 +75,6 @@ class ResumableTrainer(Trainer):
     def _refuse_unsupported(self) -> None:
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise MoEError("Accelerate's FSDP version 1 is not supported: set fsdp_version: 2, or fsdp_size.")
-        if self.is_fsdp_enabled and layout_of(self.model) is not None:
-            raise MoEError("fsdp_size and Accelerate's FSDP both shard the model: start without its FSDP settings.")
         asked, got = self.args.deepspeed is not None, self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if asked and not got:
             raise MoEError(
@@ -370,6 +369,8 @@ def _place(model: nn.Module, layout, args: TrainingArguments) -> nn.Module:
     check_model(model, layout, args.world_size, find_unused)
     if layout is None:
         return model
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise MoEError("fsdp_size and Accelerate's FSDP both shard the model: start without its FSDP settings.")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if args.device.type != ("cpu" if accelerator is None else accelerator.type):
         raise MoEError("A layout runs on the accelerator of a machine that has one: leave use_cpu out.")
