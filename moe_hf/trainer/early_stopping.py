@@ -28,7 +28,7 @@ class HeldOutGapCallback(TrainerCallback, ExportableState):
     def __init__(
         self,
         patience: int = 3,
-        min_growth: float = 0.0,
+        min_growth: float = 0.01,
         train_metric: str = "loss",
         held_out_metric: str = "eval_loss",
     ) -> None:

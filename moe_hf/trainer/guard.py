@@ -1,11 +1,13 @@
 """Stops a run at a loss or a gradient that is not finite, before the optimizer takes it into the weights."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback
 
 from moe_hf.errors import MoEError
@@ -23,7 +25,7 @@ def check_finite(
     losses: Iterable[torch.Tensor] = (),
     *,
     gradients: bool = True,
-    clipped: bool = False,
+    norms: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Refuse losses and gradients that are not finite; call it before `optimizer.step()`, on all processes.
 
@@ -34,12 +36,14 @@ def check_finite(
         step (`int`): the optimizer step that is about to be taken, from 1.
         losses (iterable of `torch.Tensor`): those of the micro-batches of the step, scalars.
         gradients (`bool`): check the gradients too; leave them to the loss scaler of float16, which skips such steps.
-        clipped (`bool`): the gradients were clipped already, which spreads a NaN over all of them.
+        norms (`dict[str, torch.Tensor]`, *optional*): the gradients' norms by name of the parameter, where they are
+            known already; clipping, and `Trainer` when it takes their joint norm, spreads a NaN over all gradients.
 
     Raises:
         MoEError: with the step and the layer, in all processes if it is so in one.
     """
-    norms = _gradient_norms(model) if gradients else {}
+    if norms is None:
+        norms = _gradient_norms(model) if gradients else {}
     losses = [loss.float().reshape(()) for loss in losses]
     values = [*losses, *norms.values()]
     if not values:
@@ -53,7 +57,7 @@ def check_finite(
     numbers = joint.tolist()
     lost = [number for number in numbers[: len(losses)] if not _is_finite(number)]
     names = [name for name, number in zip(norms, numbers[len(losses) :], strict=True) if not _is_finite(number)]
-    raise MoEError(_describe(model, step, lost, names, clipped))
+    raise MoEError(_describe(model, step, lost, names))
 
 
 def _gradient_norms(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -75,7 +79,7 @@ def _is_finite(number: float) -> bool:
     return abs(number) < float("inf")
 
 
-def _describe(model: nn.Module, step: int, losses: list[float], names: list[str], clipped: bool) -> str:
+def _describe(model: nn.Module, step: int, losses: list[float], names: list[str]) -> str:
     advice = "No weight was changed by this step. Lower the learning rate or look at the data of the step."
     if losses:
         broken = [name for name, p in model.named_parameters() if not bool(local_part(p).isfinite().all())]
@@ -84,10 +88,9 @@ def _describe(model: nn.Module, step: int, losses: list[float], names: list[str]
     if not names:
         return f"Another process has a loss or a gradient that is not finite at step {step}. {advice}"
     # A backward pass runs from the last layer to the first, and what is not finite spreads on its way.
+    names = [name for name, _ in model.named_parameters() if name in set(names)]
     where = f"the gradient of {names[-1]} is not finite at step {step}"
-    if clipped and len(names) > 1:
-        where += f", like those of {len(names) - 1} others, over which clipping has spread it"
-    elif len(names) > 1:
+    if len(names) > 1:
         where += f", and those of {len(names) - 1} parameters of this and earlier layers"
     return f"{where[0].upper()}{where[1:]}. {advice}"
 
@@ -95,11 +98,40 @@ def _describe(model: nn.Module, step: int, losses: list[float], names: list[str]
 class FiniteGuardCallback(TrainerCallback):
     """Stops any `Trainer` before an optimizer step whose gradients are not finite; `MoETrainer` does so by itself.
 
-    A callback sees gradients after they were clipped, when one NaN is in all of them, and does not see the loss, which
-    then is NaN too. With float16 the loss scaler skips such steps, and the guard stays out of it.
+    It looks at each gradient when the backward pass has it, since `Trainer` spreads a NaN over all of them before its
+    callbacks are called. A loss that is not finite shows in the gradients. With float16 the loss scaler skips such steps,
+    and the guard stays out of it.
     """
+
+    def __init__(self) -> None:
+        self._norms: dict[str, torch.Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def on_train_begin(self, args, state, control, model: PreTrainedModel | None = None, **kwargs) -> None:
+        """Start to look at gradients."""
+        self._stop()
+        if args.fp16:
+            return
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._note, name)))
 
     def on_pre_optimizer_step(self, args, state, control, model: PreTrainedModel | None = None, **kwargs) -> None:
         """Check the gradients of the step."""
         if not args.fp16:
-            check_finite(model, state.global_step + 1, clipped=args.max_grad_norm > 0)
+            check_finite(model, state.global_step + 1, norms=self._norms or None)
+        self._norms = {}
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Stop to look."""
+        self._stop()
+
+    @torch.no_grad()
+    def _note(self, name: str, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            self._norms[name] = torch.linalg.vector_norm(local_part(parameter.grad), dtype=torch.float32)
+
+    def _stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._norms = [], {}

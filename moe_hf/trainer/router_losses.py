@@ -23,7 +23,7 @@ from moe_hf.errors import MoEError
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.losses import LOSSES, LayerRouting, loss_coefficients, share_of_step, sum_over_ranks
 from moe_hf.trainer.expert_balance import BIAS
-from moe_hf.trainer.router_watch import RouterDecision, RouterWatch, transformer_of
+from moe_hf.trainer.router_watch import ForwardPass, RouterDecision, RouterWatch, transformer_of
 
 
 SCOPES = ("micro_batch", "sequence", "global_batch")
@@ -221,10 +221,11 @@ class RouterLosses:
         )
 
     def _follow_own_forward(self) -> None:
-        """Read the losses that a model of this package computed and that are in no loss: a head without labels, or none."""
+        """Read the losses that a model of this package computed and that are in no loss: of a head without labels, or none."""
+        current = ForwardPass()
 
-        def read(module: nn.Module, args: tuple, kwargs: dict, outputs: object) -> None:
-            if not (module.training and torch.is_grad_enabled() and any(self.coefficients.values())):
+        def read(module: nn.Module, args: tuple, outputs: object) -> None:
+            if not (current.is_step and any(self.coefficients.values())):
                 return
             if not isinstance(outputs, Mapping) and module is self.model:
                 raise MoEError("return_dict=False hides the router losses from training. Leave it unset.")
@@ -235,13 +236,14 @@ class RouterLosses:
                 raise MoEError("policy_gradient_loss needs logits and labels in the model's own forward pass.")
             self.has_entered, self.reported = True, losses
             if outputs.get("loss") is None:
-                mask, tokens = kwargs.get("attention_mask"), kwargs.get("input_ids")
-                tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-                has_padding = isinstance(mask, torch.Tensor) and mask.dim() == 2
-                self._enter(losses, mask.sum() if has_padding else tokens.shape[0] * tokens.shape[1])
+                self._enter(losses, current.num_tokens)
 
         modules = {id(module): module for module in (self.model, self.model.base_model)}
-        self._handles = [module.register_forward_hook(read, with_kwargs=True) for module in modules.values()]
+        self._handles = [module.register_forward_hook(read) for module in modules.values()]
+        self._handles += [
+            self.model.register_forward_pre_hook(current.begin, with_kwargs=True),
+            self.model.register_forward_hook(current.end, always_call=True),
+        ]
 
 
 def _check(coefficients: dict[str, float | None], scope: str | None) -> None:

@@ -1,11 +1,6 @@
-"""How strongly router losses act: their gradient in a training step, for four ways to train; also in two processes.
+"""How strongly router losses act: their gradient in a training step, for four ways to train."""
 
-Run as a program by torchrun, it writes the multipliers of all cases to `multipliers.pt`.
-"""
-
-import itertools
 import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -138,7 +133,9 @@ def raw_loop(model: PreTrainedModel, accumulation: int) -> tuple[torch.Tensor, d
 def multipliers(way: str, kind: str, accumulations: tuple[int, ...], folder: Path) -> dict[int, tuple[float, float]]:
     """By accumulation: the multiplier of the coefficient, and the relative error of the gradient."""
     without, batch = trained(way, kind, 0.0, 1, folder / "without")
-    expected = expected_gradient(kind, {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch})
+    expected = expected_gradient(
+        kind, {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    )
     found = {}
     for accumulation in accumulations:
         with_losses, _ = trained(way, kind, COEFFICIENT, accumulation, folder / f"with_{accumulation}")
@@ -146,21 +143,3 @@ def multipliers(way: str, kind: str, accumulations: tuple[int, ...], folder: Pat
         multiplier = float(added @ expected / (expected @ expected))
         found[accumulation] = (multiplier, float((added - expected).norm() / expected.norm()))
     return found
-
-
-def main(folder: Path) -> None:
-    """All cases of this process group; the main process writes them."""
-    ways = WAYS if HAS_TRL else WAYS[:2]
-    results = {
-        (way, kind): multipliers(way, kind, ACCUMULATIONS, folder / f"{way}_{kind}")
-        for way, kind in itertools.product(ways, MODELS)
-    }
-    results["world_size"] = torch.distributed.get_world_size()
-    if os.environ["RANK"] == "0":
-        torch.save(results, folder / "multipliers.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
