@@ -1,13 +1,10 @@
 """What the routing telemetry costs: CPU time of a training step with and without it, taken in turns, one thread.
 
-OMP_NUM_THREADS=1 python -m benchmarks.telemetry [--rounds 15] [--output benchmarks/results/telemetry.json]
+OMP_NUM_THREADS=1 python -m benchmarks.telemetry [--rounds 12]
 """
 
 import argparse
-import json
-import platform
 import time
-from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
@@ -46,7 +43,7 @@ def step_seconds(model: PreTrainedModel, optimizer: torch.optim.Optimizer, ids: 
 
 
 def measure(kind: str, tokens: int, rounds: int) -> dict[str, float]:
-    """Median seconds of a step without telemetry, and what telemetry adds to it, a log every ten steps included."""
+    """Median seconds of a step without telemetry, and the share that telemetry adds, a log every ten steps included."""
     model = build(kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     ids = torch.randint(0, SIZES["vocab_size"], (tokens // 256, 256))
@@ -69,20 +66,17 @@ def measure(kind: str, tokens: int, rounds: int) -> dict[str, float]:
     return {"step_seconds": step, "telemetry_share": float(extra.median()) / step}
 
 
-def main() -> None:
-    """Measure both kinds of models at two batch sizes, print and write."""
+def main(argv: list[str] | None = None) -> None:
+    """Measure both kinds of models at two batch sizes, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="tokens per step")
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results = {"torch": torch.__version__, "machine": platform.machine(), "rounds": arguments.rounds}
     for kind in ("ours", "mixtral"):
-        for tokens in (512, 2048):
-            found = results[f"{kind}, {tokens} tokens"] = measure(kind, tokens, arguments.rounds)
+        for tokens in arguments.tokens:
+            found = measure(kind, tokens, arguments.rounds)
             print(f"{kind:8} {tokens:5} tokens: step {found['step_seconds']:.3f} s, {found['telemetry_share']:+.2%}")
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -64,9 +64,10 @@ def _activation(name: str, experts: nn.Module) -> nn.Module:
         )
     calls: list[bool] = []
     handle = activation.register_forward_hook(lambda *_: calls.append(True))
-    width = next(parameter.shape[1] for parameter in experts.parameters() if parameter.dim() == 3)
     if getattr(experts, "has_gate", False):
-        experts._apply_gate(torch.zeros(1, width - width % 2))
+        weight = next(parameter for parameter in experts.parameters() if parameter.dim() == 3)
+        width = weight.shape[1] // 2 * 2
+        experts._apply_gate(torch.zeros(1, width, device=weight.device, dtype=weight.dtype))
         if not calls:
             raise MoEError(f"The experts of {name!r} ({type(experts).__name__}) have a gate that calls no act_fn.")
     handle.remove()

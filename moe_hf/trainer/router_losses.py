@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from moe_hf.errors import MoEError
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.losses import LOSSES, LayerRouting, loss_coefficients, share_of_step, sum_over_ranks
-from moe_hf.trainer.expert_balance import BIAS
+from moe_hf.trainer.expert_balance import BIAS, reset_step_counts, start_counting
 from moe_hf.trainer.router_watch import ForwardPass, RouterDecision, RouterWatch, transformer_of
 
 
@@ -92,6 +92,8 @@ class RouterLosses:
             for name, value in (self._given | {"balance_loss_scope": balance_loss_scope}).items():
                 if value is not None:
                     setattr(self._config, name, value)
+            if self.is_joint:
+                start_counting(self.model)
             self._follow_own_forward()
         else:
             self._handles = [
@@ -153,6 +155,9 @@ class RouterLosses:
     def next_step(self) -> None:
         """Forget the choices counted so far: a new optimizer step begins."""
         self._step_counts = None
+        # With a correction bias `update_correction_bias` reads the counts, and forgets them.
+        if self._is_ours and self.is_joint and self._config.balance_strategy != "bias":
+            reset_step_counts(self.model)
 
     def remove(self) -> None:
         """Leave the model as it was: its own coefficient acts again."""

@@ -75,23 +75,6 @@ def first_gradients(
     return recorder.gradients
 
 
-def router_loss_gradient(output_dir: str | Path, accumulation: int, world_size: int = 1) -> torch.Tensor:
-    """Return what the router losses add to the routers' gradient when every micro-batch is the same row."""
-    gradients = []
-    for coefficient in (1.0, 0.0):
-        model = tiny_moe(router_aux_loss_coef=coefficient, router_z_loss_coef=coefficient)
-        named = first_gradients(
-            model,
-            output_dir,
-            rows(accumulation * world_size, identical=True),
-            scope="router",
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=accumulation,
-        )
-        gradients.append(torch.cat([gradient.flatten() for gradient in named.values()]))
-    return gradients[0] - gradients[1]
-
-
 def four_steps(
     kind: str, output_dir: str | Path, per_device_batch: int, accumulation: int = 1, **config_fields
 ) -> dict[str, Any]:
@@ -163,10 +146,6 @@ def main(folder: Path) -> None:
     )
     results["biases"] = of_all_processes(correction_biases(results["biased"]["weights"]))
     results["four_steps_accumulated"] = four_steps("ours", folder / "four_2", per_device_batch=2, accumulation=2)
-    for accumulation in (1, 4):
-        results[f"router_{accumulation}"] = router_loss_gradient(
-            folder / f"r{accumulation}", accumulation, world_size=2
-        )
     whole = resumed("ours", folder / "whole")
     again = resumed("ours", folder / "again", folder / "whole" / "checkpoint-3")
     results["resume"] = [(t.model.state_dict(), losses(t)) for t in (whole, again)]

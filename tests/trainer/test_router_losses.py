@@ -229,20 +229,21 @@ def test_checkpointing_changes_no_gradient_and_the_reentrant_form_is_refused(tmp
         )
 
 
-def test_joint_statistics_follow_the_micro_batches_of_one_step():
-    model = native("mixtral", router_aux_loss_coef=1.0)
+@pytest.mark.parametrize("kind", MODELS)
+def test_joint_statistics_follow_the_micro_batches_of_one_step(kind):
+    model = model_with(kind, 1.0).train()
     losses = moe_hf.RouterLosses(model, balance_loss_scope="global_batch")
-    first, second = random_ids(2, 12, seed=1), random_ids(2, 12, seed=2)
-    values = []
-    for batch in (first, second):
+
+    def balance(batch: torch.Tensor) -> float:
         model(batch)
-        values.append(float(losses.loss()))
+        return float(losses.loss())
+
+    first, second = random_ids(2, 12, seed=1), random_ids(2, 12, seed=2)
+    values = [balance(first), balance(second)]
     losses.next_step()
-    model(second)
-    assert float(losses.loss()) != pytest.approx(values[1], rel=1e-6)
+    assert balance(second) != pytest.approx(values[1], rel=1e-6)
     losses.next_step()
-    model(first)
-    assert float(losses.loss()) == pytest.approx(values[0], rel=1e-6)
+    assert balance(first) == pytest.approx(values[0], rel=1e-6)
 
 
 def test_what_cannot_be_right_is_refused(tmp_path):

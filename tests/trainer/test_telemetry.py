@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import Trainer
 
 import moe_hf
+from benchmarks import telemetry as telemetry_benchmark
 from moe_hf.trainer.router_watch import RouterWatch, layer_label
 from moe_hf.trainer.telemetry import LoadCounts
 from tests.tiny_models import random_ids
@@ -139,3 +140,9 @@ def test_a_plain_callback_reaches_the_trackers(way, tmp_path, monkeypatch):
 
 def test_the_worst_layer_is_named_by_its_number():
     assert layer_label("model.layers.12.mlp") == "12" and layer_label("block") == "block"
+
+
+def test_its_cost_is_measured(capsys):
+    telemetry_benchmark.main(["--rounds", "1", "--tokens", "256"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["ours", "mixtral"] and all("tokens: step" in line for line in lines)
