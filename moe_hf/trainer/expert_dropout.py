@@ -62,15 +62,15 @@ def _activation(name: str, experts: nn.Module) -> nn.Module:
             f"experts_implementation={implementation!r} computes an expert in one kernel, without dropout. Use one of "
             f"{', '.join(IMPLEMENTATIONS)}."
         )
-    calls: list[bool] = []
-    handle = activation.register_forward_hook(lambda *_: calls.append(True))
     if getattr(experts, "has_gate", False):
         weight = next(parameter for parameter in experts.parameters() if parameter.dim() == 3)
         width = weight.shape[1] // 2 * 2
+        calls: list[bool] = []
+        handle = activation.register_forward_hook(lambda *_: calls.append(True))
         experts._apply_gate(torch.zeros(1, width, device=weight.device, dtype=weight.dtype))
+        handle.remove()
         if not calls:
             raise MoEError(f"The experts of {name!r} ({type(experts).__name__}) have a gate that calls no act_fn.")
-    handle.remove()
     return activation
 
 
