@@ -12,7 +12,8 @@ added. `MoETrainer` uses it; other trainers get it from `add_router_losses`. In 
 Letters: T tokens, E experts, K experts per token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,8 @@ from moe_hf.trainer.router_watch import ForwardPass, RouterDecision, RouterWatch
 
 
 SCOPES = ("micro_batch", "sequence", "global_batch")
+# Forward passes whose losses wait to be taken; their graphs take memory.
+MOST_PENDING = 64
 # What models of transformers call the coefficient of their loss.
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
@@ -92,23 +95,49 @@ class RouterLosses:
             for name, value in (self._given | {"balance_loss_scope": balance_loss_scope}).items():
                 if value is not None:
                     setattr(self._config, name, value)
+        self.start()
+
+    def start(self) -> None:
+        """Read forward passes from now on, and silence the model's own coefficient in them."""
+        if self._handles:
+            return
+        if self._is_ours:
             if self.is_joint:
                 start_counting(self.model)
             self._follow_own_forward()
-        else:
-            self._handles = [
-                self.model.register_forward_pre_hook(self._silence),
-                self.model.register_forward_hook(self._restore, always_call=True),
-            ]
-            if any(self.coefficients.values()):
-                self._watch = RouterWatch(self.model, self._score)
+            return
+        if any(self.coefficients.values()):
+            self._watch = RouterWatch(self.model, self._score)
+        self._handles = [
+            self.model.register_forward_pre_hook(lambda *_: self._silence()),
+            self.model.register_forward_hook(lambda *_: self._restore(), always_call=True),
+        ]
+
+    def stop(self) -> None:
+        """Leave the model as it was: its own coefficient acts again, and nothing is read."""
+        for handle in self._handles:
+            handle.remove()
+        if self._watch is not None:
+            self._watch.remove()
+        self._handles, self._watch, self._pending = [], None, []
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Keep the model's own coefficient at 0 for a while, whether forward passes are read or not."""
+        self._silence()
+        try:
+            yield
+        finally:
+            self._restore()
 
     @property
     def coefficients(self) -> dict[str, float]:
         """The coefficients by name of a loss, for losses in the units of this package: balanced is 1."""
         if self._is_ours:
             return loss_coefficients(self._config)
-        own = next((value for name in COEFFICIENTS if (value := getattr(self._config, name, None))), 0.0)
+        held = [value for _, _, value in self._own_coefficients]
+        held += [getattr(self._config, name, None) for name in COEFFICIENTS]
+        own = next((value for value in held if value), 0.0)
         z = self._given.get("router_z_loss_coef", getattr(self._config, "router_z_loss_coef", 0.0))
         aux = self._given.get("router_aux_loss_coef", own)
         return {"load_balancing_loss": aux * self._num_chosen, "router_z_loss": z}
@@ -159,28 +188,26 @@ class RouterLosses:
         if self._is_ours and self.is_joint and self._config.balance_strategy != "bias":
             reset_step_counts(self.model)
 
-    def remove(self) -> None:
-        """Leave the model as it was: its own coefficient acts again."""
-        for handle in self._handles:
-            handle.remove()
-        if self._watch is not None:
-            self._watch.remove()
-        self._handles, self._watch = [], None
-
-    def _silence(self, model: nn.Module, args: tuple) -> None:
-        for holder in (model, model.config, self._config):
+    def _silence(self) -> None:
+        if self._is_ours:
+            return  # it acts in their forward pass, and is right there
+        for holder in (self.model, self.model.config, self._config):
             for name in COEFFICIENTS:
                 value = vars(holder).get(name)
                 if value:
                     self._own_coefficients.append((holder, name, value))
                     setattr(holder, name, 0.0)
 
-    def _restore(self, model: nn.Module, args: tuple, output: object) -> None:
+    def _restore(self) -> None:
         while self._own_coefficients:
             holder, name, value = self._own_coefficients.pop()
             setattr(holder, name, value)
 
     def _enter(self, losses: dict[str, torch.Tensor], num_tokens: torch.Tensor | int) -> None:
+        if len(self._pending) >= MOST_PENDING:
+            raise MoEError(
+                f"The router losses of {MOST_PENDING} forward passes were never taken: call loss() for each, or stop()."
+            )
         self._pending.append((losses, num_tokens))
         self.has_entered = True
 

@@ -14,7 +14,7 @@ from moe_hf.trainer.parameter_groups import PartRates, leave_idle_experts_alone,
 from moe_hf.trainer.router_losses import RouterLosses
 from moe_hf.trainer.routing_logs import RoutingLogs
 from moe_hf.trainer.telemetry import RoutingTelemetryCallback
-from moe_hf.trainer.trainer_losses import NextStepCallback, check_trainer, labels_of, loss_for_trainer
+from moe_hf.trainer.trainer_losses import RouterLossesCallback, check_trainer, labels_of, loss_for_trainer
 
 
 class StepTrainer(Trainer):
@@ -30,7 +30,8 @@ class StepTrainer(Trainer):
             return
         self.router_losses = RouterLosses(self.model, **(own.router_loss_arguments() if own is not None else {}))
         check_trainer(self.router_losses, self)
-        self.add_callback(NextStepCallback(self.router_losses))
+        self.router_losses.stop()
+        self.add_callback(RouterLossesCallback(self.router_losses))
         add_balance_callback(self)
         telemetry = "off" if own is None else own.routing_telemetry
         if telemetry != "off" and not self._has_callback(RoutingTelemetryCallback):
@@ -43,9 +44,14 @@ class StepTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs):
         """As `Trainer.compute_loss`; in training with the router losses, which are also kept for the next log."""
-        labels = labels_of(inputs, self)
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if model.training and torch.is_grad_enabled() and self.router_losses is not None:
+        if self.router_losses is None:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        labels, is_step = labels_of(inputs, self), model.training and torch.is_grad_enabled()
+        if is_step:
+            self.router_losses.start()
+        with self.router_losses.silenced():
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if is_step:
             loss = loss + loss_for_trainer(self.router_losses, self, labels, kwargs.get("num_items_in_batch"))
             self._routing_logs.add({"router_losses": self.router_losses.reported})
             if isinstance(outputs, dict):

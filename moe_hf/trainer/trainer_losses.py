@@ -10,8 +10,8 @@ from moe_hf.trainer.expert_balance import add_balance_callback
 from moe_hf.trainer.router_losses import RouterLosses
 
 
-class NextStepCallback(TrainerCallback):
-    """Tells `RouterLosses` when an optimizer step is done."""
+class RouterLossesCallback(TrainerCallback):
+    """Tells `RouterLosses` when an optimizer step is done, and when training is."""
 
     def __init__(self, router_losses: RouterLosses) -> None:
         self._router_losses = router_losses
@@ -19,6 +19,10 @@ class NextStepCallback(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         """Forget the choices of the step."""
         self._router_losses.next_step()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Leave the model as it was."""
+        self._router_losses.stop()
 
 
 def loss_for_trainer(
@@ -109,20 +113,24 @@ def add_router_losses(
         balance_loss_scope=balance_loss_scope,
     )
     check_trainer(losses, trainer)
+    losses.stop()
     if hasattr(trainer, "aux_loss_enabled"):
         trainer.aux_loss_enabled = False
         losses.model.config.get_text_config().output_router_logits = False
     compute_loss = trainer.compute_loss
 
     def with_router_losses(model: PreTrainedModel, inputs: dict, return_outputs: bool = False, **kwargs):
-        labels = labels_of(inputs, trainer)
-        result = compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-        if not (model.training and torch.is_grad_enabled()):
+        labels, is_step = labels_of(inputs, trainer), model.training and torch.is_grad_enabled()
+        if is_step:
+            losses.start()
+        with losses.silenced():
+            result = compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        if not is_step:
             return result
         added = loss_for_trainer(losses, trainer, labels, kwargs.get("num_items_in_batch"))
         return (result[0] + added, result[1]) if return_outputs else result + added
 
     trainer.router_losses, trainer.compute_loss = losses, with_router_losses
-    trainer.add_callback(NextStepCallback(losses))
+    trainer.add_callback(RouterLossesCallback(losses))
     add_balance_callback(trainer)
     return losses

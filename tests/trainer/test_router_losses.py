@@ -111,10 +111,23 @@ def test_the_model_s_own_loss_is_off_while_it_trains_and_back_afterwards(tmp_pat
     assert model.router_aux_loss_coef == model.config.router_aux_loss_coef == COEFFICIENT
     model.save_pretrained(tmp_path / "saved")
     assert AutoConfig.from_pretrained(tmp_path / "saved").router_aux_loss_coef == COEFFICIENT
+    assert not model._forward_pre_hooks and not model._forward_hooks, "training leaves no hook"
+    losses = moe_hf.RouterLosses(model)
     model.model.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(random_ids())
     assert model.router_aux_loss_coef == COEFFICIENT
+    losses.stop()
+    assert not model._forward_pre_hooks and not model._forward_hooks
+
+
+def test_losses_that_nobody_takes_are_an_error_before_memory_is():
+    model = model_with("mixtral", 1.0).train()
+    moe_hf.RouterLosses(model)
+    for _ in range(64):
+        model(random_ids(1, 2))
+    with pytest.raises(MoEError, match="never taken"):
+        model(random_ids(1, 2))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -184,7 +197,7 @@ def test_losses_of_native_moes_equal_a_naive_reference_per_layer(family):
     assert len(layers) in (2, 3)
     balance, z = (sum(values) / len(layers) for values in zip(*layers, strict=True))
     assert losses.reported["load_balancing_loss"].item() == pytest.approx(balance, rel=1e-5)
-    assert float(losses.reported["router_z_loss"]) == pytest.approx(z, rel=1e-5)
+    assert losses.reported["router_z_loss"].item() == pytest.approx(z, rel=1e-5)
     # The coefficient has the strength that it has in transformers, whose loss is K at balance.
     weight = 0.3  # 3 of 10 labels
     expected = weight * (0.5 * 2 * balance + 0.25 * z)
