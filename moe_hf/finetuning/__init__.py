@@ -1,6 +1,25 @@
 """Which parameters train when a MoE is fine-tuned."""
 
-from moe_hf.finetuning.scopes import SCOPES, ScopeReport, apply_scope, find_moe_blocks, scope_parameter_names
+from moe_hf.finetuning.expert_deltas import ExpertDeltas, load_expert_deltas, save_expert_deltas
+from moe_hf.finetuning.expert_scores import ExpertScores, score_experts
+from moe_hf.finetuning.expert_selection import ExpertSelection, select_experts
+from moe_hf.finetuning.moe_blocks import find_moe_blocks
+from moe_hf.finetuning.scopes import SCOPES, ScopeReport, apply_scope, scope_parameter_names
+from moe_hf.finetuning.selected_experts import merge_selected_experts
 
 
-__all__ = ["SCOPES", "ScopeReport", "apply_scope", "find_moe_blocks", "scope_parameter_names"]
+__all__ = [
+    "SCOPES",
+    "ExpertDeltas",
+    "ExpertScores",
+    "ExpertSelection",
+    "ScopeReport",
+    "apply_scope",
+    "find_moe_blocks",
+    "load_expert_deltas",
+    "merge_selected_experts",
+    "save_expert_deltas",
+    "scope_parameter_names",
+    "score_experts",
+    "select_experts",
+]

@@ -24,8 +24,15 @@ class MoETrainingArguments(TrainingArguments):
     scope: str | None = field(
         default=None,
         metadata={
-            "help": "What trains: moe, experts, router, shared, non_moe, attention, ffn or all. Unset: the parameters "
-            "that already require gradients."
+            "help": "What trains: moe, experts, selected, router, shared, non_moe, attention, ffn or all. Unset: the "
+            "parameters that already require gradients."
+        },
+    )
+    expert_selection: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "For the scope selected, which experts: a JSON file of `moe-hf select-experts`, or a map of layers to "
+            "lists of ids."
         },
     )
     fp32_masters: bool = field(
@@ -47,6 +54,8 @@ class MoETrainingArguments(TrainingArguments):
             raise MoEError(
                 f"hub_strategy={self.hub_strategy!r}: only 'end' carries the model's code. Set it to 'end'."
             )
+        if self.expert_selection is not None and self.scope != "selected":
+            raise MoEError(f"expert_selection is for scope='selected', and scope is {self.scope!r}.")
         super().__post_init__()
 
 
@@ -56,7 +65,7 @@ class FinetuneArguments(MoETrainingArguments):
 
     scope: str | None = field(
         default="moe",
-        metadata={"help": "What trains: moe, experts, router, shared, non_moe, attention, ffn or all."},
+        metadata={"help": "What trains: moe, experts, selected, router, shared, non_moe, attention, ffn or all."},
     )
 
 

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
+from moe_hf.finetuning.expert_deltas import DELTAS_NAME, save_expert_deltas
 from moe_hf.finetuning.scopes import ScopeReport, apply_scope
 from moe_hf.hub import push_model
 from moe_hf.modeling.configuration_moe import MoEConfig
@@ -37,7 +38,8 @@ class MoETrainer(Trainer):
 
     What differs from `Trainer`:
 
-    - `args.scope` freezes everything outside one part of the model before the optimizer is made (`scope_report`).
+    - `args.scope` freezes everything outside one part of the model before the optimizer is made (`scope_report`). With
+      the scope `selected` checkpoints hold what trains (`expert_deltas.safetensors`), and `save_model` the whole model.
     - Checkpoints appear whole, with a manifest of checksums, or not at all; resuming takes the newest one that is
       whole, says which, and loads every weight or refuses. `Trainer` loses the experts of a checkpoint that stores
       them one by one.
@@ -62,7 +64,9 @@ class MoETrainer(Trainer):
         self._routing_logs = RoutingLogs()
         if isinstance(args, MoETrainingArguments) and args.scope is not None:
             master_dtype = torch.float32 if args.fp32_masters else None
-            self.scope_report = apply_scope(model, args.scope, master_dtype=master_dtype)
+            self.scope_report = apply_scope(
+                model, args.scope, master_dtype=master_dtype, expert_selection=args.expert_selection
+            )
         _check_trainable(model)
         _refuse_lost_router_losses(model, args, kwargs)
         _choose_autocast(args, model, set(self._given_dtypes.values()))
@@ -202,7 +206,10 @@ class MoETrainer(Trainer):
                 self.state.best_model_checkpoint = str(best)
         # A folder of this name is a damaged checkpoint that resuming skipped.
         with self._folder(final, replace=True) as folder:
-            self.save_model(str(folder), _internal_call=True)
+            if self._trains_selected():
+                self._save_deltas(folder)
+            else:
+                self.save_model(str(folder), _internal_call=True)
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_scaler(str(folder))
@@ -217,6 +224,15 @@ class MoETrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _trains_selected(self) -> bool:
+        return self.scope_report is not None and self.scope_report.scope == "selected"
+
+    def _save_deltas(self, folder: Path) -> None:
+        if self.args.should_save:
+            save_expert_deltas(self._unwrapped(), folder / DELTAS_NAME)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
 
     def _record_callback_states(self) -> None:
         for callback in [*self.callback_handler.callbacks, self.control]:
@@ -239,6 +255,9 @@ class MoETrainer(Trainer):
         if not self._loads_whole():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
+        if (Path(resume_from_checkpoint) / DELTAS_NAME).is_file() != self._trains_selected():
+            other = "another scope than selected" if self._trains_selected() else "the scope selected"
+            raise MoEError(f"{resume_from_checkpoint} is of a run with {other}. Resume with the scope that it had.")
         load_weights_(self._unwrapped(), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:

@@ -1,0 +1,17 @@
+"""Where the experts of a model are."""
+
+from torch import nn
+
+
+def find_moe_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that have a child `experts` whose matrices are stacked over experts, by name."""
+    return {name: module for name, module in model.named_modules() if _holds_experts(module)}
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    experts = dict(module.named_children()).get("experts")
+    if experts is None:
+        return False
+    if isinstance(experts, nn.ModuleList):
+        return len(experts) > 0
+    return any(parameter.ndim >= 3 for parameter in experts.parameters())
