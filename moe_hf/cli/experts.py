@@ -108,7 +108,9 @@ def merge_deltas(
             model = load_model(base)
             facts = load_expert_deltas(model, deltas)
             save_model(model, load_tokenizer(base), destination)
-        typer.echo(f"{base} + {deltas} -> {destination}: {facts.num_experts} trained experts in {len(facts.experts)} layers")
+        typer.echo(
+            f"{base} + {deltas} -> {destination}: {facts.num_experts} trained experts in {len(facts.experts)} layers"
+        )
 
 
 def _blocks(

@@ -22,7 +22,7 @@ CHILD = "lora_adapter"
 
 
 class ExpertLora(nn.Module):
-    """The adapters of one layer: `{map}_A` (C, r, I), `{map}_B` (C, O, r), with DoRA `{map}_magnitude` (C, O).
+    """The adapters of one layer: `{map}_A` (C, r, I), `{map}_B` (C, r, O), with DoRA `{map}_magnitude` (C, O).
 
     Ranks below the largest are filled up with zeros, which get no gradient. Attributes: `ids` are the experts, `local_ids`
     their places in the module's tensors, `ranks` theirs.
@@ -47,7 +47,7 @@ class ExpertLora(nn.Module):
                 generator = torch.Generator().manual_seed(_seed(config.seed, layer, expert, name))
                 down[slot, :own_rank].uniform_(-bound, bound, generator=generator)
             self._add(f"{name}_A", down, weight, experts)
-            self._add(f"{name}_B", torch.zeros(num_slots, outputs, rank, dtype=dtype), weight, experts)
+            self._add(f"{name}_B", torch.zeros(num_slots, rank, outputs, dtype=dtype), weight, experts)
             if config.use_dora:
                 squared = torch.ones(num_slots, outputs, dtype=dtype)
                 for slot, expert in enumerate(self.local_ids):
@@ -77,7 +77,7 @@ class ExpertLora(nn.Module):
         """What the adapter adds to `weight` (O, I) of the expert in `slot`, computed in float64."""
         down, up, *dora = (tensor[slot].double() for tensor in self.tensors(name, torch.float64))
         weight = weight.double()
-        adapted = weight + self.scales[slot] * (up @ down)
+        adapted = weight + self.scales[slot] * (up.t() @ down)
         if dora:
             adapted = adapted * (dora[0] / adapted.norm(dim=1))[:, None]
         return adapted - weight
@@ -162,7 +162,8 @@ def expert_lora_forward(
             if adapter.config.use_dora:
                 projection = DoraProjection(adapter.scales, dropout, adapter.local_ids)
             weight = base.tensors[0]
-            base = LinearMap(projection, (weight, *adapter.tensors(name, weight.dtype)), base.bias)
+            dtype = weight.dtype if weight.device.type != "cpu" else torch.promote_types(weight.dtype, torch.float32)
+            base = LinearMap(projection, (weight, *adapter.tensors(name, dtype)), base.bias)
         maps.append(base)
     first, second = maps
     return grouped_experts(
