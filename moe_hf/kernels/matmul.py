@@ -32,6 +32,11 @@ def rows_times_experts(
     # Into a part of a larger tensor, products in float32 go directly; a CPU's in 16 bits are faster made apart.
     in_place = out is not None and x.device.type == "cpu" and x.element_size() >= 4
     if _has_grouped_kernel(x, weight) and not in_place:
+        runs = rows.ascending_runs()
+        if len(runs) > 1:
+            return _run_by_run(
+                x, weight, runs, weight.new_empty(len(x), weight.shape[1]) if out is None else out, accumulate
+            )
         product = F.grouped_mm(x, weight.transpose(1, 2), offs=_ends_of_all(rows, weight.shape[0]))
         if out is None:
             return product
@@ -58,7 +63,8 @@ def rows_outer_experts(grad: torch.Tensor, x: torch.Tensor, rows: ExpertRows, li
     """Sum grad_r x_r^T over each expert's rows: (R, O) and (R, I) -> (E, O, I), as `like` in layout and dtype; 0 without
     rows.
     """
-    if grad.dtype == x.dtype and _has_grouped_kernel(x, like) and _aligned(grad):
+    is_ascending = len(rows.ascending_runs()) == 1
+    if grad.dtype == x.dtype and is_ascending and _has_grouped_kernel(x, like) and _aligned(grad):
         return F.grouped_mm(grad.t(), x, offs=_ends_of_all(rows, like.shape[0]))
     output = torch.empty_like(like)
     slices = rows.slices()
@@ -67,6 +73,18 @@ def rows_outer_experts(grad: torch.Tensor, x: torch.Tensor, rows: ExpertRows, li
     for expert, start, end in slices:
         torch.mm(grad[start:end].to(like.dtype).t(), x[start:end].to(like.dtype), out=output[expert])
     return output
+
+
+def _run_by_run(
+    x: torch.Tensor, weight: torch.Tensor, runs: list[ExpertRows], out: torch.Tensor, accumulate: bool
+) -> torch.Tensor:
+    """The kernel wants the groups in the order of the weights: one call for each part in which they are."""
+    start = 0
+    for run in runs:
+        end = start + run.order.numel()
+        rows_times_experts(x[start:end], weight, run, out=out[start:end], accumulate=accumulate)
+        start = end
+    return out
 
 
 def _aligned(tensor: torch.Tensor) -> bool:
