@@ -13,7 +13,7 @@ from moe_hf.finetuning.expert_selection import ExpertSelection
 from moe_hf.finetuning.lora_config import ExpertLoraConfig
 from moe_hf.finetuning.lora_projection import DoraProjection, LoraProjection
 from moe_hf.finetuning.lora_sharding import ExpertPlacement, local, placement_of, whole
-from moe_hf.finetuning.moe_blocks import find_moe_blocks
+from moe_hf.finetuning.moe_blocks import experts_in, find_moe_blocks
 from moe_hf.kernels import LinearMap, base_map, describe_experts, grouped_experts, restore, run_in_place_of
 
 
@@ -276,11 +276,6 @@ def _adapted(model: nn.Module, *, merged: bool, may_be_sharded: bool = False) ->
                 "The experts are sharded. Save the adapters, load them onto a whole model, and merge there."
             )
     return found
-
-
-def experts_in(experts: nn.Module) -> int:
-    """E of all ranks together."""
-    return getattr(experts, describe_experts(experts).second).shape[0]
 
 
 def _seed(seed: int, layer: str, expert: int, name: str) -> int:

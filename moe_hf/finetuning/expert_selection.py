@@ -14,7 +14,7 @@ from torch import nn
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.expert_scores import ExpertScores, read_json
-from moe_hf.finetuning.moe_blocks import find_moe_blocks
+from moe_hf.finetuning.moe_blocks import experts_in, find_moe_blocks
 
 
 SCORES = ("token_share", "gate_score")
@@ -97,7 +97,7 @@ class ExpertSelection:
             block = name if name in blocks else _block_of_layer(name, list(blocks), type(model).__name__)
             if block in found:
                 raise MoEError(f"The selection names {block} twice.")
-            count = getattr(blocks[block].experts, "num_experts", 0)
+            count = experts_in(blocks[block].experts)
             outside = [i for i in ids if i >= count]
             if outside:
                 raise MoEError(f"The selection names expert {outside[0]} of {block}, which has {count}.")

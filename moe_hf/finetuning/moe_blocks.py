@@ -15,3 +15,8 @@ def _holds_experts(module: nn.Module) -> bool:
     if isinstance(experts, nn.ModuleList):
         return len(experts) > 0
     return any(parameter.ndim >= 3 for parameter in experts.parameters())
+
+
+def experts_in(experts: nn.Module) -> int:
+    """E of an experts module with stacked matrices, those on other processes too; 0 where they are not stacked."""
+    return max((p.shape[0] for p in experts.parameters(recurse=False) if p.ndim >= 3), default=0)

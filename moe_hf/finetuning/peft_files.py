@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from moe_hf.errors import MoEError
-from moe_hf.finetuning.expert_lora import ExpertLora, experts_in, layer_of
+from moe_hf.finetuning.expert_lora import ExpertLora, layer_of
 from moe_hf.finetuning.lora_config import TARGETS, ExpertLoraConfig
-from moe_hf.finetuning.moe_blocks import find_moe_blocks
+from moe_hf.finetuning.moe_blocks import experts_in, find_moe_blocks
 
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

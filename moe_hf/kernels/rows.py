@@ -49,7 +49,7 @@ class ExpertRows:
 
     def slices(self) -> list[tuple[int, int, int]]:
         """(expert, first row, end) of the experts that have rows, in the order of the rows."""
-        starts = (0, *self.bounds[:-1])
+        starts = (0, *self.bounds)[: len(self.groups)]
         return [(e, a, b) for e, a, b in zip(self.groups, starts, self.bounds, strict=True) if b > a]
 
     def ascending_runs(self) -> list["ExpertRows"]:
