@@ -70,7 +70,9 @@ def frozen_fingerprint(model: nn.Module, experts: dict[str, tuple[int, ...]], ot
         parts = [parameter] if name not in rows else [p for i, p in enumerate(parameter) if i not in rows[name]]
         for part in parts:
             flat = part.detach().reshape(-1)
-            places = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLED_VALUES, flat.numel()), dtype=torch.float64)
+            places = torch.linspace(
+                0, max(flat.numel() - 1, 0), min(SAMPLED_VALUES, flat.numel()), dtype=torch.float64
+            )
             digest.update(flat[places.long().to(flat.device)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 

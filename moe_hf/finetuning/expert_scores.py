@@ -78,7 +78,9 @@ class ExpertScores:
                 more = {}
             token_share, gate_score = (_table([row[kind] for row in rows.values()]) for kind in (0, 1))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise MoEError(f"{path} holds no expert scores ({error!r}). Make them with `moe-hf score-experts`.") from error
+            raise MoEError(
+                f"{path} holds no expert scores ({error!r}). Make them with `moe-hf score-experts`."
+            ) from error
         return cls(tuple(rows), token_share, gate_score, tuple(len(row[0]) for row in rows.values()), **more)
 
 

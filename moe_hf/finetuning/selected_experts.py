@@ -172,9 +172,7 @@ def selected_experts_forward(
     )
 
 
-def _chosen_map(
-    experts: nn.Module, weights: SelectedWeights, description: ExpertsDescription, name: str
-) -> LinearMap:
+def _chosen_map(experts: nn.Module, weights: SelectedWeights, description: ExpertsDescription, name: str) -> LinearMap:
     base, chosen = base_map(experts, description, name), getattr(weights, name)
     chosen = chosen.to(base.tensors[0].dtype)
     chosen = chosen.transpose(1, 2) if description.transposed else chosen

@@ -104,7 +104,10 @@ def test_our_other_routers_are_scored_too(fields, padded):
     model = MoEForCausalLM(MoEConfig(text_config=tiny_config("llama"), num_experts=4, **fields)).eval()
     scores = score_experts(model, [padded])
     torch.testing.assert_close(scores.token_share.sum(-1), torch.ones(3, dtype=torch.float64))
-    unpadded = [{"input_ids": row[keep.bool()]} for row, keep in zip(padded["input_ids"], padded["attention_mask"], strict=True)]
+    unpadded = [
+        {"input_ids": row[keep.bool()]}
+        for row, keep in zip(padded["input_ids"], padded["attention_mask"], strict=True)
+    ]
     if "capacity_factor" not in fields:  # whose limits depend on the batch
         assert torch.equal(scores.token_share, score_experts(model, unpadded).token_share)
     assert scores.num_experts == tuple(fields.get("num_experts_per_layer", [4, 4, 4]))
