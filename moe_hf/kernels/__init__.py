@@ -32,6 +32,7 @@ a fixed order: runs are the same bit by bit on a CPU. All floating-point dtypes;
 from moe_hf.kernels.description import ExpertsDescription, describe_experts
 from moe_hf.kernels.dispatch import restore, run_in_place_of
 from moe_hf.kernels.experts import LinearMap, base_map, grouped_experts
+from moe_hf.kernels.matmul import rows_outer_experts, rows_times_experts
 from moe_hf.kernels.projections import ChosenProjection, Projection, Tensors
 from moe_hf.kernels.rows import ExpertRows, sort_rows
 
@@ -47,6 +48,8 @@ __all__ = [
     "describe_experts",
     "grouped_experts",
     "restore",
+    "rows_outer_experts",
+    "rows_times_experts",
     "run_in_place_of",
     "sort_rows",
 ]

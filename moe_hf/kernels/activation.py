@@ -15,18 +15,16 @@ from moe_hf.kernels.description import ExpertsDescription
 
 
 # Elements of the first map's output in one piece: a share of a CPU core's cache; on a device, few launches.
-PIECE_CPU, PIECE_DEVICE = 2**16, 2**25
+PIECE_CPU, PIECE_DEVICE = 2**17, 2**25
 
 
 def weighted_activation(
-    description: ExpertsDescription, hidden: torch.Tensor, row_weights: torch.Tensor, start: int = 0
+    description: ExpertsDescription, hidden: torch.Tensor, row_weights: torch.Tensor
 ) -> torch.Tensor:
-    """act(hidden) * weight of the rows from `start` on: (R, 2F or F) and (R,) -> (R - start, F), in hidden's dtype."""
-    width = hidden.shape[1] // 2 if description.gated else hidden.shape[1]
-    output = hidden.new_empty(hidden.shape[0] - start, width)
-    for piece in _pieces(hidden, start):
-        activated = description.activation(_wide(hidden[piece]))
-        torch.mul(activated, row_weights[piece, None], out=output[piece.start - start : piece.stop - start])
+    """act(hidden) * weight: (R, 2F or F) and (R,) -> (R, F), in hidden's dtype."""
+    output = hidden.new_empty(hidden.shape[0], _width(description, hidden))
+    for piece in _pieces(hidden):
+        torch.mul(description.activation(_wide(hidden[piece])), row_weights[piece, None], out=output[piece])
     return output
 
 
@@ -35,24 +33,35 @@ def weighted_activation_backward(
     hidden: torch.Tensor,  # (R, 2F or F)
     row_weights: torch.Tensor,  # (R,)
     grad: torch.Tensor,  # (R, F), of the weighted activation
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of `hidden`, (R, 2F or F), and of the routing weights, (R,)."""
+    start: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return the gradients of `hidden`, (R, 2F or F), and of the routing weights, (R,); and, unless `start` is None, the
+    weighted activation itself of the rows from `start` on, (R - start, F).
+    """
     grad_hidden = torch.empty_like(hidden)
     grad_weights = torch.empty_like(row_weights)
+    num_kept = 0 if start is None else hidden.shape[0] - start
+    kept = None if start is None else hidden.new_empty(num_kept, _width(description, hidden))
     backward = _silu_gate_backward if _is_silu_gate(description.activation) else _any_backward
-    for piece in _pieces(hidden, 0):
-        incoming = _wide(grad[piece])
-        activated = backward(
-            description.activation, _wide(hidden[piece]), incoming, row_weights[piece, None], grad_hidden[piece]
-        )
-        torch.sum(activated.mul_(incoming), dim=1, out=grad_weights[piece])
-    return grad_hidden, grad_weights
+    for piece in _pieces(hidden):
+        incoming, weights = _wide(grad[piece]), row_weights[piece, None]
+        activated = backward(description.activation, _wide(hidden[piece]), incoming, weights, grad_hidden[piece])
+        torch.sum(incoming * activated, dim=1, out=grad_weights[piece])
+        if num_kept and piece.stop > start:
+            skip = max(0, start - piece.start)
+            where = slice(piece.start + skip - start, piece.stop - start)
+            torch.mul(activated[skip:], weights[skip:], out=kept[where])
+    return grad_hidden, grad_weights, kept
 
 
-def _pieces(hidden: torch.Tensor, start: int) -> Iterator[slice]:
+def _width(description: ExpertsDescription, hidden: torch.Tensor) -> int:
+    return hidden.shape[1] // 2 if description.gated else hidden.shape[1]
+
+
+def _pieces(hidden: torch.Tensor) -> Iterator[slice]:
     budget = PIECE_CPU if hidden.device.type == "cpu" else PIECE_DEVICE
     size = max(1, budget // hidden.shape[1])
-    for begin in range(start, hidden.shape[0], size):
+    for begin in range(0, hidden.shape[0], size):
         yield slice(begin, min(begin + size, hidden.shape[0]))
 
 
@@ -87,4 +96,4 @@ def _any_backward(
         inputs = hidden.detach().requires_grad_()
         activated = activation(inputs)
     grad_hidden.copy_(torch.autograd.grad(activated, inputs, (grad * weights).to(activated.dtype))[0])
-    return activated.detach().clone()
+    return activated.detach()

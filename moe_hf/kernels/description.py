@@ -12,6 +12,9 @@ from torch import nn
 from moe_hf.errors import MoEError
 
 
+MARKS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+
+
 @dataclass(frozen=True)
 class ExpertsDescription:
     """An experts module as two linear maps with an activation between.
@@ -38,8 +41,7 @@ def describe_experts(experts: nn.Module) -> ExpertsDescription:
     Raises:
         MoEError: the module is not of that kind (a list of MLPs, quantized weights, code of another library).
     """
-    marks = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
-    missing = [name for name in marks if not hasattr(experts, name)]
+    missing = [name for name in MARKS if not hasattr(experts, name)]
     if missing:
         raise MoEError(
             f"{type(experts).__name__} is not an experts module of transformers' experts interface (it has no "
@@ -54,7 +56,7 @@ def describe_experts(experts: nn.Module) -> ExpertsDescription:
                 "Quantized experts cannot be computed here; load the model in bfloat16."
             )
     activation = experts._apply_gate if experts.has_gate else experts.act_fn
-    has_parameters = any(True for name, _ in experts.named_parameters() if "act" in name.split(".")[0])
+    has_parameters = isinstance(experts.act_fn, nn.Module) and any(True for _ in experts.act_fn.parameters())
     return ExpertsDescription(
         first=first,
         second="down_proj",

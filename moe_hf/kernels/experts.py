@@ -136,16 +136,17 @@ class _FoldedExperts(torch.autograd.Function):
         grad = rows.gather(grad_output)
         bias_grad = _bias_gradient(grad, second_bias, rows, row_weights) if needs[4] else None
         grad_activated, again = plan.second.input_gradient(second, kept_second, grad, rows, True)
-        grad_hidden, grad_weights = weighted_activation_backward(plan.description, hidden, row_weights, grad_activated)
+        start = plan.second.first_trained_row(need_second, rows)
+        grad_hidden, grad_weights, activated = weighted_activation_backward(
+            plan.description, hidden, row_weights, grad_activated, start
+        )
         del grad_activated
         if second_bias is not None and needs[2]:
             _add_bias_to_weights(grad_weights, grad, second_bias, rows)
         grads_second = (None,) * len(second)
-        start = plan.second.first_trained_row(need_second, rows)
         if start is not None:
-            activated = weighted_activation(plan.description, hidden, row_weights, start)
             grads_second = plan.second.tensor_gradients(second, kept_second, again, activated, grad, rows, need_second)
-            del activated
+        del activated
         del grad
 
         first_bias_grad = _bias_gradient(grad_hidden, first_bias, rows) if needs[3] else None

@@ -1,7 +1,7 @@
 """Matrix products whose right-hand side depends on the row's expert.
 
-On a CPU, and for what the device's kernel does not take, one product per expert that has rows; on CUDA torch's
-`grouped_mm`, one kernel for all. Letters: R rows, E experts, I inputs, O outputs of a map.
+torch's `grouped_mm` where it takes the tensors: one kernel on CUDA, a loop in C++ on a CPU. Elsewhere, in float64 among
+others, one product per expert that has rows. Letters: R rows, E experts, I inputs, O outputs of a map.
 """
 
 import torch
@@ -27,7 +27,9 @@ def rows_times_experts(
         out (`torch.Tensor`, *optional*): `(R, O)`, where the products go, and which is returned.
         accumulate (`bool`): add to `out` instead of overwriting it.
     """
-    if _has_grouped_kernel(x, weight):
+    # Into a part of a larger tensor, products in float32 go directly; a CPU's in 16 bits are faster made apart.
+    in_place = out is not None and x.device.type == "cpu" and x.element_size() >= 4
+    if _has_grouped_kernel(x, weight) and not in_place:
         product = F.grouped_mm(x, weight.transpose(1, 2), offs=_ends_of_all(rows, weight.shape[0]))
         if out is None:
             return product
@@ -60,11 +62,12 @@ def _aligned(tensor: torch.Tensor) -> bool:
 
 
 def _has_grouped_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if x.device.type != "cuda" or x.dtype not in GROUPED_DTYPES or not x.shape[0]:
+    if x.device.type not in ("cpu", "cuda") or x.dtype not in GROUPED_DTYPES or not x.shape[0]:
+        return False
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
     outputs_aligned = weight.shape[1] * weight.element_size() % 16 == 0
-    capable = torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return capable and outputs_aligned and _aligned(x) and _aligned(weight[0])
+    return outputs_aligned and _aligned(x) and _aligned(weight[0])
 
 
 def _ends_of_all(rows: ExpertRows, num_experts: int) -> torch.Tensor:

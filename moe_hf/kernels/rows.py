@@ -43,6 +43,8 @@ class ExpertRows:
     def last_start(self) -> int:
         """The first row of the experts in `last`."""
         place = len(self.groups) - self.num_last
+        if not self.num_last:
+            return self.order.numel()
         return self.bounds[place - 1] if place else 0
 
     def slices(self) -> list[tuple[int, int, int]]:
@@ -57,8 +59,9 @@ class ExpertRows:
 
     def last_part(self) -> "ExpertRows":
         """The rows of the experts in `last`, as groups 0, 1, ... of their own, starting at row 0."""
-        place = len(self.groups) - self.num_last
-        part = self._part(place, len(self.groups))
+        if self.num_last == len(self.groups):
+            return replace(self, groups=tuple(range(self.num_last)))
+        part = self._part(len(self.groups) - self.num_last, len(self.groups))
         return replace(part, groups=tuple(range(self.num_last)))
 
     def _part(self, begin: int, end: int) -> "ExpertRows":
@@ -114,7 +117,7 @@ def sort_rows(
     """
     ids, device = top_k_index.reshape(-1), top_k_index.device
     groups = tuple(e for e in range(num_experts) if e not in set(last)) + tuple(last)
-    if last:
+    if groups != tuple(range(num_experts)):
         place = torch.empty(num_experts, dtype=torch.long)
         place[list(groups)] = torch.arange(num_experts)
         place = torch.cat([place, place.new_full((1,), num_experts)]).to(device, non_blocking=True)

@@ -58,10 +58,10 @@ def test_the_double_loop_and_its_gradients_in_float64(layout, num_tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", ["gated", "plain_biased", "interleaved", "normed"])
+@pytest.mark.parametrize("layout", ["gated", "plain_biased", "transposed", "normed"])
 def test_other_dtypes_are_as_close_as_their_rounding(layout, dtype):
     experts = make_experts(layout, dtype)
-    inputs = routed(30, dtype=dtype)
+    inputs = routed(30, dtype=dtype, experts=[0, 1, 3, 4])
     exact = outcome(reference, experts.double(), *(x.double() if x.is_floating_point() else x for x in inputs))
     actual = outcome(grouped_experts, experts.to(dtype), *inputs)
     assert actual["output"].dtype == dtype
