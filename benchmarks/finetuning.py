@@ -249,6 +249,14 @@ def tables(results: dict) -> str:
     return "\n".join(lines)
 
 
+def write(results: dict, folder: Path | None) -> None:
+    """Keep what was measured so far."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (folder / "table.md").write_text(tables(results), encoding="utf-8")
+
+
 def _ratio(values: list[float] | None) -> str:
     return "" if values is None else f"{values[1]:.2f} ({values[0]:.2f}, {values[2]:.2f})"
 
@@ -276,15 +284,11 @@ def main(arguments: list[str] | None = None) -> dict:
         for tokens in options.tokens:
             for kind in options.kinds:
                 results["steps"].append(measure_steps(kind, dtype, tokens, options))
-                print(tables({"steps": results["steps"][-1:], "memory": []}), flush=True)
-    if not options.no_memory:
-        for kind in options.kinds:
-            results["memory"].append(measure_memory(kind, options.dtypes[0], options.tokens[0], options))
-        print(tables({"steps": [], "memory": results["memory"]}), flush=True)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        (options.out / "table.md").write_text(tables(results), encoding="utf-8")
+                write(results, options.out)
+    for kind in options.kinds if not options.no_memory else ():
+        results["memory"].append(measure_memory(kind, options.dtypes[0], options.tokens[0], options))
+        write(results, options.out)
+    print(tables(results))
     return results
 
 

@@ -128,8 +128,8 @@ def select_experts(
 
     Args:
         scores (`ExpertScores`): of the model on text of the task.
-        top_p (`float`): in each layer the fewest experts whose scores reach this share of the layer's, in (0, 1]. ESFT, eq.
-            9, with 0.2 for `token_share` and 0.1 for `gate_score` in its experiments.
+        top_p (`float`): in each layer the fewest experts whose scores reach this share of the layer's, in (0, 1]; ESFT's
+            published selections are of 0.2 by `token_share`.
         budget (`int`): so many experts in all layers together, those of the highest shares.
         by (`str`): `"token_share"` or `"gate_score"`; the latter is divided by the layer's sum.
         shared_experts, non_expert_modules (`bool`): train these too.
