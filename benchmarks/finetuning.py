@@ -18,6 +18,7 @@ built. It has weights, gradients, optimizer state, activations and the workspace
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -113,10 +114,10 @@ ARMS: dict[str, Callable[[PreTrainedModel], nn.Module]] = {
 
 
 class Arm:
-    """A copy of the model and its optimizer, which takes steps."""
+    """A model, what of it trains, and its optimizer, which takes steps."""
 
-    def __init__(self, name: str, kind: str, size: str, dtype: torch.dtype) -> None:
-        self.model = ARMS[name](make_model(kind, size, dtype))
+    def __init__(self, name: str, model: PreTrainedModel) -> None:
+        self.model = ARMS[name](model)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trained = sum(parameter.numel() for parameter in trained)
         self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True) if trained else None
@@ -141,7 +142,8 @@ def chosen_share(model: PreTrainedModel, batches: list[torch.Tensor]) -> float:
 
 def measure_steps(kind: str, dtype: str, tokens: int, options: argparse.Namespace) -> dict:
     """Rounds of steps of all arms, interleaved; quartiles of seconds and of ratios."""
-    arms = {name: Arm(name, kind, options.size, DTYPES[dtype]) for name in options.arms}
+    base = make_model(kind, options.size, DTYPES[dtype])
+    arms = {name: Arm(name, copy.deepcopy(base)) for name in options.arms}
     generator, order = torch.Generator().manual_seed(1), random.Random(1)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     batches = []
@@ -152,7 +154,7 @@ def measure_steps(kind: str, dtype: str, tokens: int, options: argparse.Namespac
             used = arms[name].step(ids)
             if number >= 2:  # the first two touch memory for the first time
                 seconds[name].append(used)
-    share = chosen_share(make_model(kind, options.size, DTYPES[dtype]), batches[:4])
+    share = chosen_share(base, batches[:4])
     bound = [f + share * (e - f) for f, e in zip(seconds["frozen pass"], seconds["experts"], strict=True)]
     table = {}
     for name, own in seconds.items():
@@ -180,12 +182,12 @@ def child(name: str, kind: str, dtype: str, tokens: str, size: str) -> None:
     """Peak memory of one arm in this process, printed as JSON."""
     torch.set_num_threads(1)
     # Imports of the model's file, of peft and of the optimizer are no part of the figure.
-    warm = Arm(name, kind, "tiny", DTYPES[dtype])
+    warm = Arm(name, make_model(kind, "tiny", DTYPES[dtype]))
     warm.step(torch.zeros(1, 8, dtype=torch.long))
     del warm
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    arm = Arm(name, kind, size, DTYPES[dtype])
+    arm = Arm(name, make_model(kind, size, DTYPES[dtype]))
     built = resident("VmRSS") - before
     # Building makes the weights in float32 first.
     Path("/proc/self/clear_refs").write_text("5")

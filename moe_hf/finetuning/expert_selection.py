@@ -56,13 +56,15 @@ class ExpertSelection:
 
     @classmethod
     def load(cls, source: "str | Path | Mapping[str, Any] | ExpertSelection") -> "ExpertSelection":
-        """Read a selection from a JSON file, from its content, or from a plain map of layers to ids of experts.
+        """Read a selection from a JSON file, from its content (as text too), or from a plain map of layers to ids.
 
         Raises:
             MoEError: there is no such file, or it holds something else.
         """
         if isinstance(source, ExpertSelection):
             return source
+        if isinstance(source, str) and source.lstrip().startswith("{"):
+            source = _parse(source)
         content = dict(source) if isinstance(source, Mapping) else read_json(source)
         where = "The selection" if isinstance(source, Mapping) else str(source)
         if "experts" not in content:
@@ -105,6 +107,13 @@ class ExpertSelection:
         if not any(found.values()):
             raise MoEError("The selection names no expert. Raise top_p or the budget.")
         return {name: found[name] for name in blocks if found.get(name)}
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise MoEError(f"The selection {text!r} is no JSON: {error}.") from error
 
 
 def _block_of_layer(number: str, blocks: list[str], model: str) -> str:

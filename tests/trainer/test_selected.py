@@ -12,6 +12,7 @@ from moe_hf import MoEError
 from moe_hf.finetuning import ExpertSelection, apply_scope, find_moe_blocks, load_expert_deltas, score_experts
 from moe_hf.finetuning.expert_deltas import DELTAS_NAME
 from moe_hf.trainer import MoETrainer
+from moe_hf.trainer.arguments import FinetuneArguments, MoEArgumentParser
 from tests.tiny_models import random_ids
 from tests.trainer.runs import KINDS, GradientRecorder, arguments, losses, rows, tiny_moe
 
@@ -92,6 +93,16 @@ def test_selection_is_read_from_a_file_and_misfits_are_refused(tmp_path):
     train("ours", tmp_path / "moe", scope="moe", expert_selection=None, max_steps=3)
     with pytest.raises(MoEError, match="another scope"):
         train("ours", tmp_path / "other", resume=str(tmp_path / "moe" / "checkpoint-3"))
+
+
+def test_programs_take_a_selection_from_the_command_line_and_from_a_recipe(tmp_path):
+    parser = MoEArgumentParser([FinetuneArguments])
+    common = ["--output_dir", str(tmp_path), "--scope", "selected"]
+    (args,) = parser.parse([*common, "--expert_selection", "selection.json"])
+    assert args.expert_selection == "selection.json"
+    (tmp_path / "recipe.yaml").write_text("expert_selection: {experts: {0: [1]}}\n")
+    (args,) = MoEArgumentParser([FinetuneArguments]).parse([*common, "--config", str(tmp_path / "recipe.yaml")])
+    assert ExpertSelection.load(args.expert_selection).experts == {"0": (1,)}
 
 
 def two_processes(folder: Path) -> None:
