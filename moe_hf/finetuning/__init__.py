@@ -11,6 +11,7 @@ from moe_hf.finetuning.expert_lora import (
 from moe_hf.finetuning.expert_scores import ExpertScores, score_experts
 from moe_hf.finetuning.expert_selection import ExpertSelection, select_experts
 from moe_hf.finetuning.lora_config import ExpertLoraConfig
+from moe_hf.finetuning.lora_files import load_expert_lora, save_expert_lora
 from moe_hf.finetuning.moe_blocks import find_moe_blocks
 from moe_hf.finetuning.scopes import SCOPES, ScopeReport, apply_scope, scope_parameter_names
 from moe_hf.finetuning.selected_experts import merge_selected_experts
@@ -27,11 +28,13 @@ __all__ = [
     "apply_scope",
     "find_moe_blocks",
     "load_expert_deltas",
+    "load_expert_lora",
     "lora_adapters",
     "merge_expert_lora",
     "merge_selected_experts",
     "remove_expert_lora",
     "save_expert_deltas",
+    "save_expert_lora",
     "scope_parameter_names",
     "score_experts",
     "select_experts",

@@ -12,52 +12,61 @@ from moe_hf.errors import MoEError
 from moe_hf.finetuning.expert_selection import ExpertSelection
 from moe_hf.finetuning.lora_config import ExpertLoraConfig
 from moe_hf.finetuning.lora_projection import DoraProjection, LoraProjection
-from moe_hf.finetuning.lora_sharding import local, slots_of, to_layout_of
+from moe_hf.finetuning.lora_sharding import ExpertPlacement, local, placement_of, whole
 from moe_hf.finetuning.moe_blocks import find_moe_blocks
 from moe_hf.kernels import LinearMap, base_map, describe_experts, grouped_experts, restore, run_in_place_of
 
 
-# PEFT freezes what has no "lora_" in its name.
 CHILD = "lora_adapter"
 
 
 class ExpertLora(nn.Module):
-    """The adapters of one layer: `{map}_A` (C, r, I), `{map}_B` (C, O, r), with DoRA `{map}_magnitude` (C, O).
+    """The adapters of one layer: `{map}_A` (C, r, I), `{map}_B` (C, r, O), with DoRA `{map}_magnitude` (C, O).
 
     Ranks below the largest are filled up with zeros, which get no gradient. Attributes: `ids` are the experts, `local_ids`
-    their places in the module's tensors, `ranks` theirs.
+    their places in the module's tensors, `ranks` theirs; `all_ids` has those of other processes too.
     """
 
-    def __init__(self, experts: nn.Module, block: str, ids: tuple[int, ...], config: ExpertLoraConfig) -> None:
+    def __init__(
+        self,
+        experts: nn.Module,
+        block: str,
+        ids: tuple[int, ...],
+        config: ExpertLoraConfig,
+        placement: ExpertPlacement,
+    ) -> None:
         super().__init__()
-        self.config, self.merged, self._originals = config, False, {}
-        description = describe_experts(experts)
-        layer = layer_of(block)
-        self.ids, self.local_ids, num_slots = slots_of(experts, getattr(experts, description.second), ids)
+        self.config, self.placement, self.merged, self._originals = config, placement, False, {}
+        description, layer = describe_experts(experts), layer_of(block)
+        num_experts = experts_in(experts)
+        self.all_ids, self.num_experts = ids, num_experts
+        parts = placement.split(ids, num_experts)
+        self.ids = parts[placement.part()]
+        self.local_ids = tuple(i - placement.part() * (num_experts // placement.num_parts) for i in self.ids)
+        # As many places on each process as the fullest needs.
+        num_slots = max(map(len, parts))
         self.ranks = tuple(config.rank_of(layer, expert) for expert in self.ids)
         rank = max(config.rank_of(layer, expert) for expert in ids)
         self.targets = tuple(name for name in (description.first, description.second) if name in config.target)
         for name in self.targets:
             weight = getattr(experts, name)
             outputs, inputs = weight.shape[1:][::-1] if description.transposed else weight.shape[1:]
-            dtype = torch.promote_types(weight.dtype, torch.float32)
+            device, dtype = local(weight).device, torch.promote_types(weight.dtype, torch.float32)
             down = torch.zeros(num_slots, rank, inputs, dtype=dtype)
             for slot, (expert, own_rank) in enumerate(zip(self.ids, self.ranks, strict=True)):
-                bound = inputs**-0.5
                 generator = torch.Generator().manual_seed(_seed(config.seed, layer, expert, name))
-                down[slot, :own_rank].uniform_(-bound, bound, generator=generator)
-            self._add(f"{name}_A", down, weight, experts)
-            self._add(f"{name}_B", torch.zeros(num_slots, outputs, rank, dtype=dtype), weight, experts)
+                down[slot, :own_rank].uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
+            up = torch.zeros(num_slots, rank, outputs, dtype=dtype, device=device)
+            self.register_parameter(f"{name}_A", placement.parameter(down.to(device)))
+            self.register_parameter(f"{name}_B", placement.parameter(up))
             if config.use_dora:
-                squared = torch.ones(num_slots, outputs, dtype=dtype)
-                for slot, expert in enumerate(self.local_ids):
-                    matrix = local(weight)[expert].detach().to("cpu", dtype)
+                squared = torch.ones(num_slots, outputs, dtype=dtype, device=device)
+                matrices = whole(weight).detach()
+                for slot, expert in enumerate(self.ids):
+                    matrix = matrices[expert].to(dtype)
                     squared[slot] = (matrix.t() if description.transposed else matrix).square().sum(1)
-                self.register_buffer(f"{name}_squared", squared.to(local(weight).device), persistent=False)
-                self._add(f"{name}_magnitude", squared.sqrt(), weight, experts)
-
-    def _add(self, name: str, values: torch.Tensor, weight: torch.Tensor, experts: nn.Module) -> None:
-        self.register_parameter(name, to_layout_of(nn.Parameter(values.to(local(weight).device)), weight, experts))
+                self.register_buffer(f"{name}_squared", squared, persistent=False)
+                self.register_parameter(f"{name}_magnitude", placement.parameter(squared.sqrt()))
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -77,7 +86,7 @@ class ExpertLora(nn.Module):
         """What the adapter adds to `weight` (O, I) of the expert in `slot`, computed in float64."""
         down, up, *dora = (tensor[slot].double() for tensor in self.tensors(name, torch.float64))
         weight = weight.double()
-        adapted = weight + self.scales[slot] * (up @ down)
+        adapted = weight + self.scales[slot] * (up.t() @ down)
         if dora:
             adapted = adapted * (dora[0] / adapted.norm(dim=1))[:, None]
         return adapted - weight
@@ -93,7 +102,8 @@ class ExpertLora(nn.Module):
 
 
 def add_expert_lora(model: nn.Module, config: ExpertLoraConfig) -> nn.Module:
-    """Give experts of `model` low-rank adapters, in place, and freeze everything else; adapters of PEFT keep training.
+    """Give experts of `model` low-rank adapters, in place, and freeze everything else but adapters of PEFT that are there
+    already (PEFT, added afterwards, would freeze these).
 
     They are computed on the activations of their experts' rows. Works on every model whose experts are behind transformers'
     experts interface, before or after it is distributed with `DistributedConfig` (FSDP2, expert parallelism). Adapters are
@@ -117,7 +127,13 @@ def add_expert_lora(model: nn.Module, config: ExpertLoraConfig) -> nn.Module:
         chosen = ExpertSelection.load(config.experts).resolve(model)
     for name in chosen:
         _check(name, blocks[name].experts, config)
-    adapters = {name: ExpertLora(blocks[name].experts, name, ids, config) for name, ids in chosen.items()}
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+    batches = 1 if distributed is None else distributed.dp_size
+    adapters = {}
+    for name, ids in chosen.items():
+        experts = blocks[name].experts
+        placement = placement_of(name, getattr(experts, describe_experts(experts).second), batches)
+        adapters[name] = ExpertLora(experts, name, ids, config, placement)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and ".lora_" in name)
     for name, adapter in adapters.items():
@@ -157,12 +173,13 @@ def expert_lora_forward(
     maps = []
     for name in (description.first, description.second):
         base = base_map(experts, description, name)
-        if name in adapter.targets and adapter.ids:
+        if name in adapter.targets:
             projection = LoraProjection(adapter.scales, dropout)
             if adapter.config.use_dora:
                 projection = DoraProjection(adapter.scales, dropout, adapter.local_ids)
             weight = base.tensors[0]
-            base = LinearMap(projection, (weight, *adapter.tensors(name, weight.dtype)), base.bias)
+            dtype = weight.dtype if weight.device.type != "cpu" else torch.promote_types(weight.dtype, torch.float32)
+            base = LinearMap(projection, (weight, *adapter.tensors(name, dtype)), base.bias)
         maps.append(base)
     first, second = maps
     return grouped_experts(

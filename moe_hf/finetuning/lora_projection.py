@@ -13,7 +13,7 @@ from moe_hf.kernels import ExpertRows, Projection, Tensors, rows_outer_experts, 
 class LoraProjection(Projection):
     """y = W x + scale * B A dropout(x), with C adapters for the `last` experts of the rows, in that order.
 
-    Tensors: W (E, O, I), A (C, r, I), B (C, O, r). The product B A is never made: a row costs r * (I + O) multiplications.
+    Tensors: W (E, O, I), A (C, r, I), B (C, r, O), the last two in W's dtype or a wider one. The product B A is never made: a row costs r * (I + O) multiplications.
 
     Args:
         scales: of each adapter, (C).
@@ -31,7 +31,7 @@ class LoraProjection(Projection):
         if self.dropout:
             mask = (torch.empty_like(own, dtype=torch.bool).bernoulli_(1 - self.dropout),)
         low = self._scaled(rows_times_experts(self._dropped(own, mask), down, part), part)
-        rows_times_experts(low, up, part, out=output[rows.last_start :], accumulate=True)
+        rows_times_experts(low, up.transpose(1, 2), part, out=output[rows.last_start :], accumulate=True)
         return output, (low, *mask)
 
     def first_trained_row(self, needs: tuple[bool, ...], rows: ExpertRows) -> int | None:
@@ -44,7 +44,7 @@ class LoraProjection(Projection):
     ) -> tuple[torch.Tensor | None, Any]:
         base, down, up, *_ = tensors
         start, part, mask = rows.last_start, rows.last_part(), kept[1:]
-        grad_low = self._scaled(rows_times_experts(grad[start:], up.transpose(1, 2), part), part)
+        grad_low = self._scaled(rows_times_experts(grad[start:], up, part), part)
         if not needed:
             return None, grad_low
         grad_x = rows_times_experts(grad, base.transpose(1, 2), rows)
@@ -69,7 +69,7 @@ class LoraProjection(Projection):
         grad_base = rows_outer_experts(grad, x, rows, base) if needs[0] else None
         own = x[len(x) - len(low) :]
         grad_down = rows_outer_experts(again, self._dropped(own, mask), part, down) if needs[1] else None
-        grad_up = rows_outer_experts(grad[rows.last_start :], low, part, up) if needs[2] else None
+        grad_up = rows_outer_experts(low, grad[rows.last_start :], part, up) if needs[2] else None
         return grad_base, grad_down, grad_up
 
     def _scaled(self, low: torch.Tensor, part: ExpertRows) -> torch.Tensor:
@@ -141,9 +141,9 @@ class DoraProjection(LoraProjection):
         base, down, up, magnitude, base_squared = tensors
         norms = torch.ones_like(magnitude)
         for adapter, _, _ in part.slices():
-            a, b, scale = down[adapter], up[adapter], self.scales[adapter]
-            a, b = a.to(magnitude.dtype), b.to(magnitude.dtype)
-            with_base = (base[self.ids[adapter]] @ down[adapter].t()).to(magnitude.dtype)
+            a, b, scale = down[adapter].to(magnitude.dtype), up[adapter].to(magnitude.dtype).t(), self.scales[adapter]
+            weight = base[self.ids[adapter]]
+            with_base = (weight @ a.t().to(weight.dtype)).to(magnitude.dtype)
             squared = base_squared[adapter] + scale * (2 * with_base + scale * (b @ (a @ a.t()))).mul_(b).sum(1)
             norms[adapter] = squared.clamp_min_(torch.finfo(squared.dtype).tiny).sqrt_()
         return norms

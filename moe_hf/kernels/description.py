@@ -56,7 +56,8 @@ def describe_experts(experts: nn.Module) -> ExpertsDescription:
                 "Quantized experts cannot be computed here; load the model in bfloat16."
             )
     activation = experts._apply_gate if experts.has_gate else experts.act_fn
-    has_parameters = isinstance(experts.act_fn, nn.Module) and any(True for _ in experts.act_fn.parameters())
+    function = vars(experts).get("act_fn", experts._modules.get("act_fn"))
+    has_parameters = isinstance(function, nn.Module) and any(True for _ in function.parameters())
     return ExpertsDescription(
         first=first,
         second="down_proj",

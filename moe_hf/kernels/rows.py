@@ -52,6 +52,14 @@ class ExpertRows:
         starts = (0, *self.bounds[:-1])
         return [(e, a, b) for e, a, b in zip(self.groups, starts, self.bounds, strict=True) if b > a]
 
+    def ascending_runs(self) -> list["ExpertRows"]:
+        """The rows in parts within which the ids of the experts rise; their ids are kept."""
+        breaks = [place for place in range(1, len(self.groups)) if self.groups[place] < self.groups[place - 1]]
+        if not breaks:
+            return [self]
+        edges = [0, *breaks, len(self.groups)]
+        return [self._part(begin, end) for begin, end in zip(edges[:-1], edges[1:], strict=True)]
+
     def first_part(self) -> "ExpertRows":
         """The rows of experts that are not in `last`."""
         place = len(self.groups) - self.num_last
