@@ -28,15 +28,15 @@ class ExpertScores:
 
     Attributes:
         layers: names of the MoE blocks (of the numbers of their layers, in files of the ESFT authors), L.
-        token_share: share of a layer's choices that an expert got, (L, E) float64; a layer sums to 1. ESFT-Token, eq. 8.
-        gate_score: mean over tokens of the weight that an expert got, 0 where it was not chosen, (L, E) float64. ESFT-Gate,
-            eq. 7.
+        token_share: share of a layer's choices that an expert got, (L, E) float64; a layer sums to 1. ESFT's token selection
+            ratio.
+        gate_score: mean over tokens of the weight that an expert got, 0 where it was not chosen, (L, E) float64. ESFT's
+            average gate score.
         num_experts: experts of each layer, L; entries beyond them are 0.
         num_tokens: tokens that were counted; 0 where a file does not say.
         model: name of the model, as it was loaded.
 
-    Source: ESFT (https://huggingface.co/papers/2407.01906), whose samples are of one length, so that the mean over samples
-    of means over tokens is the mean over tokens.
+    Source: ESFT (https://huggingface.co/papers/2407.01906); means are over all tokens, as in its authors' code.
     """
 
     layers: tuple[str, ...]

@@ -56,13 +56,15 @@ class ExpertSelection:
 
     @classmethod
     def load(cls, source: "str | Path | Mapping[str, Any] | ExpertSelection") -> "ExpertSelection":
-        """Read a selection from a JSON file, from its content, or from a plain map of layers to ids of experts.
+        """Read a selection from a JSON file, from its content (as text too), or from a plain map of layers to ids.
 
         Raises:
             MoEError: there is no such file, or it holds something else.
         """
         if isinstance(source, ExpertSelection):
             return source
+        if isinstance(source, str) and source.lstrip().startswith("{"):
+            source = _parse(source)
         content = dict(source) if isinstance(source, Mapping) else read_json(source)
         where = "The selection" if isinstance(source, Mapping) else str(source)
         if "experts" not in content:
@@ -107,6 +109,13 @@ class ExpertSelection:
         return {name: found[name] for name in blocks if found.get(name)}
 
 
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise MoEError(f"The selection {text!r} is no JSON: {error}.") from error
+
+
 def _block_of_layer(number: str, blocks: list[str], model: str) -> str:
     named = [block for block in blocks if number in block.split(".")]
     if not number.isdigit() or len(named) != 1:
@@ -128,8 +137,8 @@ def select_experts(
 
     Args:
         scores (`ExpertScores`): of the model on text of the task.
-        top_p (`float`): in each layer the fewest experts whose scores reach this share of the layer's, in (0, 1]. ESFT, eq.
-            9, with 0.2 for `token_share` and 0.1 for `gate_score` in its experiments.
+        top_p (`float`): in each layer the fewest experts whose scores reach this share of the layer's, in (0, 1]; ESFT's
+            published selections are of 0.2 by `token_share`.
         budget (`int`): so many experts in all layers together, those of the highest shares.
         by (`str`): `"token_share"` or `"gate_score"`; the latter is divided by the layer's sum.
         shared_experts, non_expert_modules (`bool`): train these too.

@@ -41,7 +41,10 @@ PROJECTION_NAMES = {name for row in PROJECTIONS for name in row if name is not N
 
 @dataclass(frozen=True)
 class ScopeReport:
-    """What trains after `apply_scope`: counts in parameters, sizes in bytes as stored, names of parameters."""
+    """What trains after `apply_scope`: counts in parameters, sizes in bytes as stored, names of parameters.
+
+    A chosen expert counts once in `total_parameters`, though its frozen row stays in memory beside the one that trains.
+    """
 
     scope: str
     trainable_parameters: int
@@ -104,10 +107,11 @@ def apply_scope(
         if master_dtype is not None and parameter.dtype != master_dtype:
             parameter.data = parameter.data.to(master_dtype)
         trainable_bytes += parameter.numel() * parameter.element_size()
+    twice = set(selected_parameter_names(model))
     return ScopeReport(
         scope=scope,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_parameters=sum(p.numel() for p in model.parameters()),
+        total_parameters=sum(p.numel() for name, p in model.named_parameters() if name not in twice),
         trainable_bytes=trainable_bytes,
         names=names,
     )

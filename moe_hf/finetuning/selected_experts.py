@@ -146,6 +146,8 @@ def _check(name: str, experts: nn.Module) -> None:
     stacked = stacked_parameters(experts)
     if not hasattr(type(experts).forward, "__wrapped__"):
         raise MoEError(f"The experts of {name} ({type(experts).__name__}) mix the weights of all: none can be chosen.")
+    if "_experts_function" in vars(experts) and not isinstance(experts, SelectedExpertsMixin):
+        raise MoEError(f"The experts of {name} have adapters. Merge or remove these before experts are chosen.")
     if any(isinstance(parameter, DTensor) for parameter in experts.parameters()):
         raise MoEError(f"The experts of {name} are sharded. Choose experts before the model is distributed.")
     left = [parameter for parameter, _ in experts.named_parameters() if parameter not in stacked]

@@ -74,6 +74,8 @@ class MoETrainer(Trainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         super().__init__(model, args, **kwargs)
+        if self._trains_selected() and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise MoEError("The scope selected trains in one process or with DDP, not with FSDP or DeepSpeed.")
         _balance_experts(self)
         if self.scope_report is not None and self.is_world_process_zero():
             print(self.scope_report)

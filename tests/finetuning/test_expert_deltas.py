@@ -128,11 +128,8 @@ def test_what_is_no_file_of_deltas_or_does_not_fit_is_refused(tmp_path):
     apply_scope(other, "selected", expert_selection={"0": [2]})
     with pytest.raises(MoEError, match="other experts"):
         load_expert_deltas(other, path)
-    for model in (
-        tiny("qwen3_moe"),
-        tiny_native_moe("mixtral", num_hidden_layers=2),
-        tiny_native_moe("mixtral", num_local_experts=2),
-    ):
+    fewer_experts = tiny_native_moe("mixtral", num_experts=2, num_local_experts=2)
+    for model in (tiny("qwen3_moe"), tiny_native_moe("mixtral", num_hidden_layers=2), fewer_experts):
         with pytest.raises(MoEError, match="no place|another model"):
             load_expert_deltas(model, path)
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-100])

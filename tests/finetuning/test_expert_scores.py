@@ -196,6 +196,9 @@ def test_files_of_scores_and_selections_come_back_and_others_are_refused(tmp_pat
     selection = select_experts(scores, budget=3, shared_experts=True)
     selection.save(tmp_path / "selection.json")
     assert ExpertSelection.load(tmp_path / "selection.json") == selection
+    assert ExpertSelection.load((tmp_path / "selection.json").read_text()) == selection
+    with pytest.raises(MoEError, match="no JSON"):
+        ExpertSelection.load("{0: [1]")
     (tmp_path / "list.json").write_text("[1]")
     for read in (ExpertScores.load, ExpertSelection.load):
         with pytest.raises(MoEError, match="object is expected"):

@@ -244,6 +244,19 @@ def test_copies_and_pickles_compute_the_same():
         assert error(other(ids).logits, model(ids).logits) > 1e-4
 
 
+def test_greedy_decoding_is_that_of_the_full_model():
+    full, prompt = tiny("mixtral"), random_ids(2, 6)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(selected(full).generate(prompt, **settings), full.generate(prompt, **settings))
+
+
+def test_report_counts_chosen_experts_once():
+    full = tiny("mixtral")
+    report = apply_scope(copy.deepcopy(full), "selected", expert_selection=CHOICE)
+    assert report.total_parameters == sum(p.numel() for p in full.parameters())
+    assert report.trainable_parameters == 3 * sum(p[0].numel() for p in full.model.layers[0].mlp.experts.parameters())
+
+
 def test_shared_experts_and_the_rest_train_when_the_selection_says_so():
     model = tiny("glm4_moe")
     names = {scope: set(scope_parameter_names(model, scope)) for scope in ("shared", "non_moe")}
