@@ -99,21 +99,23 @@ def apply_scope(
         merge_selected_experts(model)
         names = scope_parameter_names(model, scope)
         wanted = set(names)
-    trainable_bytes = 0
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in wanted)
-        if name not in wanted:
-            continue
-        if master_dtype is not None and parameter.dtype != master_dtype:
+        if name in wanted and master_dtype is not None and parameter.dtype != master_dtype:
             parameter.data = parameter.data.to(master_dtype)
-        trainable_bytes += parameter.numel() * parameter.element_size()
+    return report_scope(model, scope)
+
+
+def report_scope(model: nn.Module, scope: str) -> ScopeReport:
+    """Say what of `model` trains now, under the name `scope`."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     twice = set(selected_parameter_names(model))
     return ScopeReport(
         scope=scope,
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable_parameters=sum(p.numel() for p in trained.values()),
         total_parameters=sum(p.numel() for name, p in model.named_parameters() if name not in twice),
-        trainable_bytes=trainable_bytes,
-        names=names,
+        trainable_bytes=sum(p.numel() * p.element_size() for p in trained.values()),
+        names=tuple(trained),
     )
 
 
