@@ -93,6 +93,15 @@ def test_08_mixed_specialists_know_what_both_know():
     assert rows["mix, trained on both"][-1] < min(rows["code specialist"][-1], rows["prose specialist"][-1])
 
 
+def test_10_chosen_experts_learn_and_their_deltas_merge():
+    output = run("10_select_experts.py", "--steps", "20")
+    rows = {line[:28].strip(): line[28:].split() for line in output.splitlines()[-3:]}
+    assert float(rows["chosen experts trained"][1]) < float(rows["base"][1])
+    assert rows["base with deltas merged"] == rows["chosen experts trained"]
+    chosen, of = map(int, re.search(r"chosen: (\d+) of (\d+)", output).groups())
+    assert 0 < chosen < of / 2 and int(re.search(r"deltas: (\d+)%", output).group(1)) < 100 * chosen / of
+
+
 def test_the_convolution_expert_can_be_chosen():
     assert run("convolution_expert.py") == ""
     config = MoEConfig(text_config=tiny_config("llama"), num_experts=4, extra_experts=["causal_convolution"])

@@ -39,6 +39,7 @@ LAYERS = [
     {"auto_classes"},
     {"errors"},
     {"resources", "saving", "weight_files", "data", "batching", "metrics"},
+    {"kernels"},
     {"upcycling", "finetuning", "interchange", "inspection", "extraction"},
     {"reporting", "planning"},
     {"hub", "streaming"},

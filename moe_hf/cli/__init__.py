@@ -3,7 +3,7 @@
 Torch and transformers are imported inside the commands, so that help and mistakes in the arguments answer at once.
 """
 
-from moe_hf.cli import export, inspect, surgery, upcycle, verify
+from moe_hf.cli import experts, export, inspect, surgery, upcycle, verify
 from moe_hf.cli.app import app, main
 
 
@@ -21,5 +21,8 @@ for _name, _command in (
     ("remove-experts", surgery.remove_experts),
     ("replace-experts", surgery.replace_experts),
     ("to-dense", surgery.to_dense),
+    ("score-experts", experts.score_experts),
+    ("select-experts", experts.select_experts),
+    ("merge-deltas", experts.merge_deltas),
 ):
     app.command(_name)(_command)

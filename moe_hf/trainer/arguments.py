@@ -28,10 +28,20 @@ class MoETrainingArguments(TrainingArguments):
     scope: str | None = field(
         default=None,
         metadata={
-            "help": "What trains: moe, experts, router, shared, non_moe, attention, ffn or all. Unset: the parameters "
-            "that already require gradients."
+            "help": "What trains: moe, experts, selected, expert_lora, router, shared, non_moe, attention, ffn or all. "
+            "Unset: the parameters that already require gradients."
         },
     )
+    expert_selection: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "For the scopes selected and expert_lora, which experts: a JSON file of `moe-hf select-experts`, or a map of layers to "
+            "lists of ids."
+        },
+    )
+    expert_lora_r: int = field(default=8, metadata={"help": "Rank of the adapters of the scope expert_lora."})
+    expert_lora_alpha: float = field(default=16.0, metadata={"help": "Their scale times their rank."})
+    expert_lora_dropout: float = field(default=0.0, metadata={"help": "Share of their inputs that is dropped."})
     fp32_masters: bool = field(
         default=True, metadata={"help": "Convert the parameters of `scope` to float32; the rest keeps its dtype."}
     )
@@ -91,6 +101,8 @@ class MoETrainingArguments(TrainingArguments):
         if self.routing_telemetry not in TELEMETRY:
             raise MoEError(f"routing_telemetry is {self.routing_telemetry!r}; it must be one of {list(TELEMETRY)}.")
         self.part_rates()
+        if self.expert_selection is not None and self.scope not in ("selected", "expert_lora"):
+            raise MoEError(f"expert_selection is for the scopes selected and expert_lora; scope is {self.scope!r}.")
         super().__post_init__()
 
     def part_rates(self) -> PartRates:
@@ -109,7 +121,9 @@ class FinetuneArguments(MoETrainingArguments):
 
     scope: str | None = field(
         default="moe",
-        metadata={"help": "What trains: moe, experts, router, shared, non_moe, attention, ffn or all."},
+        metadata={
+            "help": "What trains: moe, experts, selected, expert_lora, router, shared, non_moe, attention, ffn or all."
+        },
     )
 
 

@@ -13,7 +13,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
-from moe_hf.finetuning.scopes import ScopeReport, apply_scope
+from moe_hf.finetuning.expert_deltas import DELTAS_NAME, save_expert_deltas
+from moe_hf.finetuning.expert_lora import add_expert_lora, lora_adapters, merge_expert_lora, unmerge_expert_lora
+from moe_hf.finetuning.lora_config import ExpertLoraConfig
+from moe_hf.finetuning.lora_files import LORA_NAME, save_expert_lora
+from moe_hf.finetuning.scopes import ScopeReport, apply_scope, report_scope
 from moe_hf.hub import push_model
 from moe_hf.reporting.card import model_card
 from moe_hf.trainer.arguments import MoETrainingArguments
@@ -24,6 +28,7 @@ from moe_hf.trainer.step_trainer import StepTrainer
 logger = logging.get_logger(__name__)
 
 FINAL_FOLDER = "final"
+LORA_SCOPE = "expert_lora"
 TRAINING_ARGS_PICKLE = "training_args.bin"
 TRAINER_STATE = "trainer_state.json"
 
@@ -33,7 +38,10 @@ class MoETrainer(StepTrainer):
 
     What differs from `Trainer`:
 
-    - `args.scope` freezes everything outside one part of the model before the optimizer is made (`scope_report`).
+    - `args.scope` freezes everything outside one part of the model before the optimizer is made (`scope_report`). With
+      the scope `selected` checkpoints hold what trains (`expert_deltas.safetensors`), and `save_model` the whole model.
+      With adapters of experts (the scope `expert_lora`, or `add_expert_lora` before) checkpoints hold these
+      (`expert_lora.safetensors`), and `save_model` writes the whole model, merged, with the adapters beside it.
     - Checkpoints appear whole, with a manifest of checksums, or not at all; resuming takes the newest one that is
       whole, says which, and loads every weight or refuses. `Trainer` loses the experts of a checkpoint that stores
       them one by one.
@@ -59,15 +67,22 @@ class MoETrainer(StepTrainer):
             args = MoETrainingArguments(output_dir="trainer_output")
         self._given_dtypes = {name: p.dtype for name, p in model.named_parameters()}
         self.scope_report: ScopeReport | None = None
-        if isinstance(args, MoETrainingArguments) and args.scope is not None:
+        if isinstance(args, MoETrainingArguments) and args.scope == LORA_SCOPE:
+            add_expert_lora(model, _lora_config(args))
+            self.scope_report = report_scope(model, LORA_SCOPE)
+        elif isinstance(args, MoETrainingArguments) and args.scope is not None:
             master_dtype = torch.float32 if args.fp32_masters else None
-            self.scope_report = apply_scope(model, args.scope, master_dtype=master_dtype)
+            self.scope_report = apply_scope(
+                model, args.scope, master_dtype=master_dtype, expert_selection=args.expert_selection
+            )
         _check_trainable(model)
         _choose_autocast(args, model, set(self._given_dtypes.values()))
         args.logging_nan_inf_filter = False
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         super().__init__(model, args, **kwargs)
+        if self._trains_selected() and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise MoEError("The scope selected trains in one process or with DDP, not with FSDP or DeepSpeed.")
         if self.scope_report is not None and self.is_world_process_zero():
             print(self.scope_report)
 
@@ -96,7 +111,10 @@ class MoETrainer(StepTrainer):
             return
         destination = output_dir or Path(self.args.output_dir) / FINAL_FOLDER
         with self._folder(destination) as folder, self._given_dtypes_restored():
-            super().save_model(str(folder), _internal_call=True)
+            if lora_adapters(self._unwrapped()):
+                save_expert_lora(self._unwrapped(), folder)
+            with self._adapters_merged():
+                super().save_model(str(folder), _internal_call=True)
             if self.args.should_save:
                 card = model_card(self._unwrapped(), has_tokenizer=self.processing_class is not None)
                 card.save(folder / "README.md")
@@ -119,7 +137,7 @@ class MoETrainer(StepTrainer):
         """
         if not self.is_world_process_zero():
             return None
-        with self._given_dtypes_restored():
+        with self._given_dtypes_restored(), self._adapters_merged():
             return push_model(
                 self._unwrapped(),
                 self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
@@ -160,6 +178,19 @@ class MoETrainer(StepTrainer):
             for parameter, data in masters.items():
                 parameter.data = data
 
+    @contextmanager
+    def _adapters_merged(self) -> Iterator[None]:
+        """Add adapters of experts to the weights, for the time of a save."""
+        model = self._unwrapped()
+        if not lora_adapters(model):
+            yield
+            return
+        merge_expert_lora(model)
+        try:
+            yield
+        finally:
+            unmerge_expert_lora(model)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
         # A pickle of local paths and settings that nothing reads again.
@@ -177,7 +208,12 @@ class MoETrainer(StepTrainer):
                 self.state.best_model_checkpoint = str(best)
         # A folder of this name is a damaged checkpoint that resuming skipped.
         with self._folder(final, replace=True) as folder:
-            self.save_model(str(folder), _internal_call=True)
+            if self._trains_selected():
+                self._save_deltas(folder)
+            elif lora_adapters(self._unwrapped()):
+                self._save_lora(folder)
+            else:
+                self.save_model(str(folder), _internal_call=True)
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_scaler(str(folder))
@@ -192,6 +228,21 @@ class MoETrainer(StepTrainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _trains_selected(self) -> bool:
+        return self.scope_report is not None and self.scope_report.scope == "selected"
+
+    def _save_deltas(self, folder: Path) -> None:
+        if self.args.should_save:
+            save_expert_deltas(self._unwrapped(), folder / DELTAS_NAME)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _save_lora(self, folder: Path) -> None:
+        # Every process takes part: adapters of other processes' experts are gathered.
+        save_expert_lora(self._unwrapped(), folder)
+        if self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
 
     def _record_callback_states(self) -> None:
         for callback in [*self.callback_handler.callbacks, self.control]:
@@ -214,6 +265,12 @@ class MoETrainer(StepTrainer):
         if not self._loads_whole():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
+        if (Path(resume_from_checkpoint) / DELTAS_NAME).is_file() != self._trains_selected():
+            other = "another scope than selected" if self._trains_selected() else "the scope selected"
+            raise MoEError(f"{resume_from_checkpoint} is of a run with {other}. Resume with the scope that it had.")
+        if (Path(resume_from_checkpoint) / LORA_NAME).is_file() != bool(lora_adapters(self._unwrapped())):
+            other = "without" if lora_adapters(self._unwrapped()) else "with"
+            raise MoEError(f"{resume_from_checkpoint} is of a run {other} adapters of experts. Resume as it was.")
         load_weights_(self._unwrapped(), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -229,6 +286,16 @@ class MoETrainer(StepTrainer):
         return isinstance(self._unwrapped(), PreTrainedModel) and not (
             self.is_fsdp_enabled or self.is_deepspeed_enabled
         )
+
+
+def _lora_config(args: MoETrainingArguments) -> ExpertLoraConfig:
+    return ExpertLoraConfig(
+        r=args.expert_lora_r,
+        alpha=args.expert_lora_alpha,
+        dropout=args.expert_lora_dropout,
+        experts=args.expert_selection,
+        seed=args.seed,
+    )
 
 
 def _check_trainable(model: nn.Module) -> None:
