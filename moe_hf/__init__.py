@@ -19,6 +19,7 @@ _MODULES = {
     "MoETrainer": "moe_hf.trainer",
     "MoETrainingArguments": "moe_hf.trainer",
     "add_experts": "moe_hf.upcycling",
+    "drop_layers": "moe_hf.upcycling",
     "exact_targets": "moe_hf.interchange",
     "export_native": "moe_hf.interchange",
     "extract_experts": "moe_hf.extraction",
