@@ -29,8 +29,16 @@ from .custom_code import CUSTOM_CODE  # noqa: F401 - importing it registers them
 from .dense_classes import LABEL_FIELDS, check_activation, classifier_class, decoder_class
 from .dense_mlp import activation_of, check_one_expert_reproduces, find_mlp_sites, holder_of
 from .dynamic_class import Combined, combine, put_block
-from .losses import LOSSES, loss_coefficients, reward_predictions, sum_over_ranks
-from .moe_block import MoEBlock, RoutingPass, current_routing_pass, recompute_contexts, routing_pass, rows_are_aligned
+from .losses import LOSSES, loss_coefficients, reward_predictions, share_of_step, sum_over_ranks
+from .moe_block import (
+    MoEBlock,
+    RoutingPass,
+    current_routing_pass,
+    packed_documents,
+    recompute_contexts,
+    routing_pass,
+    rows_are_aligned,
+)
 from .outputs import (
     MoECausalLMOutput,
     MoEModelOutput,
@@ -194,9 +202,7 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             current.token_mask = attention_mask[:, -sequence_length:].reshape(-1).bool()
         elif attention_mask is None and position_ids is not None and position_ids.dim() == 2 and sequence_length > 1:
-            starts = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
-            row = torch.arange(batch_size, device=starts.device)[:, None] * sequence_length
-            current.document_ids = (starts.cumsum(-1) + row).reshape(-1)
+            current.document_ids = packed_documents(position_ids)
         if ids is not None:
             shape = (batch_size, sequence_length)
             current.ids = spread_ids(self.config, ids, shape, past, current.token_mask, tokens.device)
@@ -284,7 +290,8 @@ class _MoEWithHead(MoEPreTrainedModel):
             coefficients = loss_coefficients(self.config)
             aux_loss = sum(coefficients[name] * loss for name, loss in router_losses.items())
             if self.training:
-                aux_loss = aux_loss * _share_of_labels(named, aux_loss.dtype)
+                joint = torch.is_grad_enabled() and self.config.balance_loss_scope == "global_batch"
+                aux_loss = aux_loss * _share_of_step(named, current, joint)
                 if loss is not None:
                     loss = loss + aux_loss.to(loss.device, loss.dtype)
         outputs = extended(
@@ -362,15 +369,13 @@ class MoEForTokenClassification(_MoEClassifier):
     _generic_head = GenericForTokenClassification
 
 
-def _share_of_labels(named: dict, dtype: torch.dtype) -> torch.Tensor | float:
-    """This micro-batch's labels over `num_items_in_batch`; 1 when that is not given."""
-    num_items = named.get("num_items_in_batch")
+def _share_of_step(named: dict, current: RoutingPass, joint: bool) -> torch.Tensor | float:
+    """What the router losses of this pass count for in the optimizer step, from its labels and `num_items_in_batch`."""
     labels, shift_labels = named.get("labels"), named.get("shift_labels")
-    if num_items is None or (labels is None and shift_labels is None):
-        return 1.0
-    labels = labels[..., 1:] if shift_labels is None else shift_labels
-    count = (labels != -100).sum().to(dtype)
-    return count / (num_items.to(count.device) if isinstance(num_items, torch.Tensor) else num_items)
+    if shift_labels is None and labels is not None:
+        shift_labels = labels[..., 1:]
+    num_labels = None if shift_labels is None else (shift_labels != -100).sum()
+    return share_of_step(current.num_tokens(), num_labels, named.get("num_items_in_batch"), joint)
 
 
 # A saved model carries this code, and so does one that was loaded with it.

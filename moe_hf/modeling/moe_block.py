@@ -56,6 +56,10 @@ class RoutingPass:
         repeated["ids"] = {kind: ids.repeat_interleave(heads) for kind, ids in self.ids.items()}
         return replace(self, sequence_length=self.sequence_length * heads, **repeated)
 
+    def num_tokens(self) -> torch.Tensor | int:
+        """Real tokens of the pass."""
+        return self.batch_size * self.sequence_length if self.token_mask is None else self.token_mask.sum()
+
     def id_of(self, kind: str) -> torch.Tensor:
         """The id of each token, (T,).
 
@@ -83,6 +87,13 @@ class RoutingPass:
         if self.document_ids is not None:
             return self.document_ids
         return torch.arange(num_tokens, device=device) // self.sequence_length
+
+
+def packed_documents(position_ids: torch.Tensor) -> torch.Tensor:
+    """Which document each token of packed rows belongs to, (B, S) positions -> (B * S,): one starts where they do."""
+    starts = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
+    row = torch.arange(len(starts), device=starts.device)[:, None] * starts.shape[1]
+    return (starts.cumsum(-1) + row).reshape(-1)
 
 
 _ROUTING_PASS = CompileableContextVar("moe_hf_routing_pass")

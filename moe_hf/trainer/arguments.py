@@ -15,6 +15,10 @@ from transformers import HfArgumentParser, TrainingArguments
 from moe_hf.data import BUILTIN_CORPUS
 from moe_hf.errors import MoEError
 from moe_hf.resources import resource_path
+from moe_hf.trainer.parameter_groups import PartRates
+
+
+TELEMETRY = ("off", "brief", "detailed")
 
 
 @dataclass
@@ -30,6 +34,43 @@ class MoETrainingArguments(TrainingArguments):
     )
     fp32_masters: bool = field(
         default=True, metadata={"help": "Convert the parameters of `scope` to float32; the rest keeps its dtype."}
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={"help": "Coefficient of the load-balancing loss, in the model's own units. Unset: the model's own."},
+    )
+    router_z_loss_coef: float | None = field(
+        default=None, metadata={"help": "Coefficient of the router z-loss. Unset: the model's own, or 0."}
+    )
+    balance_loss_scope: str | None = field(
+        default=None,
+        metadata={
+            "help": "Over which tokens the load-balancing loss is taken: micro_batch, sequence or global_batch (all "
+            "processes and micro-batches of a step). Unset: the model's own, or micro_batch."
+        },
+    )
+    router_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the routers. Unset: that of the rest."}
+    )
+    expert_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the routed experts. Unset: that of the rest."}
+    )
+    router_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the routers. Unset: that of the rest."}
+    )
+    expert_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the routed experts. Unset: that of the rest."}
+    )
+    skip_idle_experts: bool = field(
+        default=False,
+        metadata={"help": "Experts that saw no token in a step are not moved by weight decay and momentum either."},
+    )
+    expert_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout inside the routed experts, in [0, 1), in this run only."}
+    )
+    routing_telemetry: str = field(
+        default="brief",
+        metadata={"help": "What is logged of the routers: off, brief (means, worst layer) or detailed (all)."},
     )
     # The filter reports a diverged run as loss 0.
     logging_nan_inf_filter: bool = field(
@@ -47,7 +88,19 @@ class MoETrainingArguments(TrainingArguments):
             raise MoEError(
                 f"hub_strategy={self.hub_strategy!r}: only 'end' carries the model's code. Set it to 'end'."
             )
+        if self.routing_telemetry not in TELEMETRY:
+            raise MoEError(f"routing_telemetry is {self.routing_telemetry!r}; it must be one of {list(TELEMETRY)}.")
+        self.part_rates()
         super().__post_init__()
+
+    def part_rates(self) -> PartRates:
+        """The rates and decays that routers and experts have of their own."""
+        return PartRates(**{f.name: getattr(self, f.name) for f in fields(PartRates)})
+
+    def router_loss_arguments(self) -> dict[str, Any]:
+        """What `RouterLosses` is given."""
+        names = ("router_aux_loss_coef", "router_z_loss_coef", "balance_loss_scope")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass

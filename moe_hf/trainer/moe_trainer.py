@@ -1,6 +1,5 @@
 """`MoETrainer`: transformers' Trainer with checkpoints that can be trusted and losses that a MoE needs."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
@@ -16,13 +15,10 @@ from transformers.utils import logging
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.scopes import ScopeReport, apply_scope
 from moe_hf.hub import push_model
-from moe_hf.modeling.configuration_moe import MoEConfig
-from moe_hf.modeling.losses import loss_coefficients
 from moe_hf.reporting.card import model_card
 from moe_hf.trainer.arguments import MoETrainingArguments
 from moe_hf.trainer.checkpoints import agree, choose_checkpoint, load_weights_, shared_folder
-from moe_hf.trainer.expert_balance import ExpertBalanceCallback
-from moe_hf.trainer.routing_logs import RoutingLogs
+from moe_hf.trainer.step_trainer import StepTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -32,7 +28,7 @@ TRAINING_ARGS_PICKLE = "training_args.bin"
 TRAINER_STATE = "trainer_state.json"
 
 
-class MoETrainer(Trainer):
+class MoETrainer(StepTrainer):
     """`transformers.Trainer` for MoE models: this package's, transformers' own, and their dense controls.
 
     What differs from `Trainer`:
@@ -42,11 +38,15 @@ class MoETrainer(Trainer):
       whole, says which, and loads every weight or refuses. `Trainer` loses the experts of a checkpoint that stores
       them one by one.
     - `save_model()` writes a new folder (`output_dir/final` by default), with the dtypes that the model came with.
-    - A loss that is not finite ends the run instead of being logged as 0.
-    - Router losses are added by the model's forward, weighted by labels, so they do not change with accumulation or the
-      number of processes; what would drop them (label smoothing, `compute_loss_func`) is refused.
+    - A loss or a gradient that is not finite ends the run before the optimizer step, and is named (`check_finite`).
+    - Router losses enter the loss once, per layer, weighted by labels, so that they do not change with accumulation, the
+      number of processes, label smoothing, `compute_loss_func` or a fused head; also for the models of transformers,
+      on by default with the model's own coefficient (`RouterLosses`).
     - Correction biases of the routers move after each optimizer step, and `balance_loss_scope="global_batch"` counts
       its micro-batches (`ExpertBalanceCallback`).
+    - The load of the routers is in the training logs (`RoutingTelemetryCallback`).
+    - Routers and experts may have a learning rate and a weight decay of their own, experts that saw no token may be left
+      alone, and experts may have a dropout of their own: see `MoETrainingArguments`.
 
     Args:
         model (`PreTrainedModel`): the model to train.
@@ -59,18 +59,15 @@ class MoETrainer(Trainer):
             args = MoETrainingArguments(output_dir="trainer_output")
         self._given_dtypes = {name: p.dtype for name, p in model.named_parameters()}
         self.scope_report: ScopeReport | None = None
-        self._routing_logs = RoutingLogs()
         if isinstance(args, MoETrainingArguments) and args.scope is not None:
             master_dtype = torch.float32 if args.fp32_masters else None
             self.scope_report = apply_scope(model, args.scope, master_dtype=master_dtype)
         _check_trainable(model)
-        _refuse_lost_router_losses(model, args, kwargs)
         _choose_autocast(args, model, set(self._given_dtypes.values()))
         args.logging_nan_inf_filter = False
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         super().__init__(model, args, **kwargs)
-        _balance_experts(self)
         if self.scope_report is not None and self.is_world_process_zero():
             print(self.scope_report)
 
@@ -87,28 +84,6 @@ class MoETrainer(Trainer):
         if checkpoint is not None and self.is_world_process_zero():
             print(f"Resuming from {checkpoint}, whose manifest holds.")
         return super().train(checkpoint, *args, **kwargs)
-
-    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs):
-        """As `Trainer.compute_loss`; in training the routers' losses and figures are kept for the next log."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if model.training:
-            self._routing_logs.add(outputs)
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log, and end the run at a loss that is not finite: the weights are lost from then on.
-
-        A training log also has what the routers reported since the last one: unweighted losses and figures such as
-        `dropped_share`, means over the micro-batches of this process.
-        """
-        if "loss" in logs:
-            logs |= self._routing_logs.take()
-        super().log(logs, *args, **kwargs)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise MoEError(
-                f"The loss is {logs['loss']} at step {self.state.global_step}. Lower the learning rate or look at the "
-                "data; resume from a checkpoint before this step."
-            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write model, code and tokenizer to a new folder with a manifest, in the dtypes the model came with.
@@ -259,30 +234,6 @@ class MoETrainer(Trainer):
 def _check_trainable(model: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise MoEError(f"No parameter of {type(model).__name__} requires gradients. Set a scope.")
-
-
-def _refuse_lost_router_losses(model: nn.Module, args: TrainingArguments, kwargs: dict) -> None:
-    config = getattr(model, "config", None)
-    if not isinstance(config, MoEConfig) or not any(loss_coefficients(config).values()):
-        return
-    taken = "label_smoothing_factor" if args.label_smoothing_factor else None
-    taken = "compute_loss_func" if kwargs.get("compute_loss_func") is not None else taken
-    if taken:
-        raise MoEError(
-            f"{taken} takes the labels away from the model, which then adds no router losses. Leave it unset, or set "
-            "the coefficients of the router losses to 0 (router_aux_loss_coef, router_z_loss_coef, router_loss_coefs)."
-        )
-
-
-def _balance_experts(trainer: MoETrainer) -> None:
-    """Add the callback of a model whose routers follow whole optimizer steps, unless it was given."""
-    config = getattr(trainer.model, "config", None)
-    has_bias = getattr(config, "balance_strategy", None) == "bias"
-    counts_steps = getattr(config, "balance_loss_scope", None) == "global_batch"
-    given = any(isinstance(callback, ExpertBalanceCallback) for callback in trainer.callback_handler.callbacks)
-    keeps_state = any(vars(module).get("state_names") for module in trainer.model.modules())
-    if (has_bias or counts_steps or keeps_state) and not given:
-        trainer.add_callback(ExpertBalanceCallback())
 
 
 def _choose_autocast(args: TrainingArguments, model: nn.Module, given: set[torch.dtype]) -> None:

@@ -20,7 +20,7 @@ KINDS = ("ours", "mixtral")
 def tiny_moe(kind: str = "ours", dropout: float = 0.0, **config_fields) -> PreTrainedModel:
     """Return an upcycled llama whose experts differ (`"ours"`), or a native MoE of transformers."""
     if kind != "ours":
-        return tiny_native_moe(kind, attention_dropout=dropout)
+        return tiny_native_moe(kind, attention_dropout=dropout, **config_fields)
     dense = tiny_dense("llama", attention_dropout=dropout)
     return moe_hf.upcycle(dense, num_experts=4, noise=0.5, seed=1, **config_fields)
 
@@ -96,8 +96,8 @@ def four_steps(
     kind: str, output_dir: str | Path, per_device_batch: int, accumulation: int = 1, **config_fields
 ) -> dict[str, Any]:
     """Train 4 steps of 8 rows in scope `moe`, z-loss on, balance loss off; returns gradients, weights and losses."""
-    fields = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1} | config_fields if kind == "ours" else {}
-    model = tiny_moe(kind, **fields)
+    z_loss = {"router_z_loss_coef": 0.1} if kind == "ours" else {}
+    model = tiny_moe(kind, **({"router_aux_loss_coef": 0.0} | z_loss | config_fields))
     recorder = GradientRecorder()
     args = arguments(
         output_dir,
