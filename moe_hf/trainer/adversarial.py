@@ -163,8 +163,13 @@ class AdversarialTrainer(MoETrainer):
         delta = attack(inner, inputs, self.args.adv_eps, self.args.adv_steps, seed=self.state.global_step)
         given = perturbed_inputs(inner, inputs)
         embeddings = inner.get_input_embeddings()(inputs["input_ids"]).detach()
-        clean = model(**given, inputs_embeds=embeddings)
-        return divergence(model(**given, inputs_embeds=embeddings + delta), clean)
+        # In evaluation mode nothing is drawn, and routers neither count choices nor report losses a second time.
+        model.eval()
+        try:
+            clean = model(**given, inputs_embeds=embeddings)
+            return divergence(model(**given, inputs_embeds=embeddings + delta), clean)
+        finally:
+            model.train()
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """As in `Trainer`; the gradients of those whose turn it is not are dropped, so that no optimizer moves them."""

@@ -67,7 +67,7 @@ class MoETrainer(StepTrainer):
         args.logging_nan_inf_filter = False
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
-        super().__init__(model, args, **kwargs)
+        super().__init__(model=model, args=args, **kwargs)
         if self.scope_report is not None and self.is_world_process_zero():
             print(self.scope_report)
 

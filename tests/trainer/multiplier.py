@@ -138,7 +138,9 @@ def raw_loop(model: PreTrainedModel, accumulation: int) -> tuple[torch.Tensor, d
 def multipliers(way: str, kind: str, accumulations: tuple[int, ...], folder: Path) -> dict[int, tuple[float, float]]:
     """By accumulation: the multiplier of the coefficient, and the relative error of the gradient."""
     without, batch = trained(way, kind, 0.0, 1, folder / "without")
-    expected = expected_gradient(kind, {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch})
+    expected = expected_gradient(
+        kind, {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    )
     found = {}
     for accumulation in accumulations:
         with_losses, _ = trained(way, kind, COEFFICIENT, accumulation, folder / f"with_{accumulation}")

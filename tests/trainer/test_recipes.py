@@ -24,6 +24,9 @@ PROGRAMS = {
     "distill_dense": "distill",
     "distill_moe": "distill",
     "harden": "harden",
+    "instructions": "sft",
+    "preferences": "dpo",
+    "questions": "sft",
 }
 FROM_MOE = ("classify_sequences", "classify_tokens", "distill_dense", "distill_moe")
 QUICK = [
@@ -31,6 +34,7 @@ QUICK = [
     "--disable_tqdm=true", "--use_cpu=true", "--logging_steps=2",
 ]  # fmt: skip
 LABELLED = ["--max_length=48", "--max_train_rows=40", "--max_eval_rows=12"]
+CHATS = ["--max_length=384", "--max_train_rows=24", "--max_eval_rows=6"]
 TEXT = ["--block_size=32", "--held_out_share=0.3", "--max_train_tokens=800", "--max_eval_tokens=200"]
 
 
@@ -80,7 +84,7 @@ def dense(text, tmp_path_factory) -> Path:
     config = LlamaConfig(
         vocab_size=270, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
         num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None, max_position_embeddings=128,
+        bos_token_id=None, max_position_embeddings=512,
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -97,7 +101,7 @@ def moe(dense, tmp_path_factory) -> Path:
 
 def run_recipe(recipe: str, model: Path, text: Path, out: Path, *more: str) -> dict:
     program = program_of(recipe)
-    data = LABELLED if program == "classify" else [*TEXT, f"--dataset={text}"]
+    data = {"classify": LABELLED, "sft": CHATS, "dpo": CHATS}.get(program, [*TEXT, f"--dataset={text}"])
     if recipe == "multi_task":
         data = TEXT
     run(program, f"--config={recipe}", f"--model={model}", f"--output_dir={out}", *QUICK, *data, *more)
@@ -132,6 +136,21 @@ def test_recipe_classifies_beside_the_dense_parent(recipe, moe, text, tmp_path):
         assert set(saved.config.label2id) == {"email", "json", "logging", "xml"}
         start = AutoModelForSequenceClassification.from_pretrained(moe, num_labels=4)
         assert not torch.equal(saved.score.weight, start.score.weight)
+
+
+@pytest.mark.parametrize("recipe", ["instructions", "questions", "preferences"])
+def test_recipe_tunes_on_chats_beside_the_dense_parent(recipe, dense, text, tmp_path):
+    pytest.importorskip("trl", reason="the recipes of chats need trl: pip install 'moe-hf[trl]'")
+    more = ["--generated_answers=2", "--max_new_tokens=3"] if recipe == "questions" else []
+    comparison = run_recipe(recipe, dense, text, tmp_path, *more)
+    expected = {"questions": {"exact_match", "f1"}, "preferences": {"eval_rewards/accuracies"}}.get(recipe, set())
+    for metrics in comparison.values():
+        assert {"eval_loss"} | expected <= set(metrics)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert saved.config.num_experts == 8 and saved.config.output_router_logits is False
+    start = AutoModelForCausalLM.from_pretrained(dense)
+    names = dict(saved.named_parameters())
+    assert torch.equal(names["model.layers.0.self_attn.q_proj.weight"], start.model.layers[0].self_attn.q_proj.weight)
 
 
 @pytest.mark.parametrize("recipe", ["distill_moe", "distill_dense"])
