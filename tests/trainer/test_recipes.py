@@ -138,7 +138,9 @@ def test_recipe_classifies_beside_the_dense_parent(recipe, moe, text, tmp_path):
         assert not torch.equal(saved.score.weight, start.score.weight)
 
 
-@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # trl 1.16 uses old names
+@pytest.mark.filterwarnings(
+    "ignore:.*is deprecated and will be removed in v6:FutureWarning"
+)  # trl 1.16 uses old names
 @pytest.mark.parametrize("recipe", ["instructions", "questions", "preferences"])
 def test_recipe_tunes_on_chats_beside_the_dense_parent(recipe, dense, text, tmp_path):
     pytest.importorskip("trl", reason="the recipes of chats need trl: pip install 'moe-hf[trl]'")
