@@ -32,6 +32,7 @@ _MODULES = {
     "add_router_losses": "moe_hf.trainer",
     "apply_scope": "moe_hf.finetuning",
     "check_finite": "moe_hf.trainer",
+    "drop_layers": "moe_hf.upcycling",
     "exact_targets": "moe_hf.interchange",
     "export_native": "moe_hf.interchange",
     "extract_experts": "moe_hf.extraction",

@@ -38,7 +38,7 @@ LAYERS = [
     {"modeling"},
     {"auto_classes"},
     {"errors"},
-    {"resources", "saving", "weight_files", "data", "batching", "metrics"},
+    {"resources", "saving", "weight_files", "data", "batching", "metrics", "library_tasks", "augmentation", "answers"},
     {"kernels"},
     {"upcycling", "finetuning", "interchange", "inspection", "extraction"},
     {"reporting", "planning"},

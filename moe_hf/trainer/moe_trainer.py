@@ -80,7 +80,7 @@ class MoETrainer(StepTrainer):
         args.logging_nan_inf_filter = False
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
-        super().__init__(model, args, **kwargs)
+        super().__init__(model=model, args=args, **kwargs)
         if self._trains_selected() and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise MoEError("The scope selected trains in one process or with DDP, not with FSDP or DeepSpeed.")
         if self.scope_report is not None and self.is_world_process_zero():
