@@ -71,7 +71,7 @@ def in_memory(source: Path, output: Path, num_experts: int, noise: float, verify
     from moe_hf import MoEForCausalLM
     from moe_hf.upcycling.fill import copy_other_weights, fill_blocks
     from moe_hf.upcycling.method import UpcyclingMethod
-    from moe_hf.upcycling.upcycle import moe_config, sites_of_experts
+    from moe_hf.upcycling.prepare import moe_config, sites_of_experts
 
     dense = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     config = moe_config(dense, num_experts, 2, {})
