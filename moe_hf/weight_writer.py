@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from moe_hf.weight_files import DTYPES, INDEX_NAME, TensorSpec, byte_view
 
 # What the kernel answers for files that it cannot copy between, by file system and version.
 _NOT_IN_KERNEL = frozenset({errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF})
-_COPY_BYTES, _BUFFER_BYTES = 1 << 28, 1 << 18
+_COPY_BYTES, _BUFFER_BYTES = 1 << 28, 1 << 19
 _HANDED_OVER_BYTES = 1 << 20
 _ENDED_EARLY = "the file that is copied from ended too early"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -124,7 +124,9 @@ class FileWriter:
         self._on_bytes = on_bytes or (lambda num_bytes: None)
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in layout.tensors}
         self._digests, self.checksum = PartDigests(layout.part_ends), {}
-        self._to_disk = ThreadPoolExecutor(1)
+        # One thread each, since the kernel lets one write to a file at a time.
+        self._copier, self._to_disk = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._copies: list[Future] = []
         with _named_error(self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             self._write_all(memoryview(layout.header), [0])
@@ -138,6 +140,7 @@ class FileWriter:
     def close(self) -> None:
         """Assert that each byte of each tensor was written exactly once, and flush the file to the disk."""
         try:
+            self.finish_copies()
             self._check_whole()
             with _named_error(self.path):
                 self.checksum = self._digests.checksum(self._descriptor)
@@ -145,8 +148,14 @@ class FileWriter:
         finally:
             self.abandon()
 
+    def finish_copies(self) -> None:
+        """Wait until all that was asked for is copied."""
+        while self._copies:
+            self._copies.pop(0).result()
+
     def abandon(self) -> None:
         """Close the file as it is."""
+        self._copier.shutdown(cancel_futures=True)
         self._to_disk.shutdown()
         os.close(self._descriptor)
 
@@ -168,15 +177,15 @@ class FileWriter:
         self._on_bytes(len(view) * len(places))
         return len(view)
 
-    def copy(
-        self, places: Sequence[tuple[str, int]], num_bytes: int, source: int, source_position: int, pool: Executor
-    ) -> list[Future]:
+    def copy(self, places: Sequence[tuple[str, int]], num_bytes: int, source: int, source_position: int) -> None:
         """Fill `num_bytes` at each of the places with those of another open file, within the kernel.
 
-        The copies are made by `pool` while the bytes are hashed here; the futures tell when they are done.
+        The bytes are hashed here and copied by another thread, until `close` at the latest.
         """
         positions = self._claim(places, num_bytes)
-        copies = [pool.submit(self._copy_one, position, num_bytes, source, source_position) for position in positions]
+        self._copies += [
+            self._copier.submit(self._copy_one, position, num_bytes, source, source_position) for position in positions
+        ]
         buffer, done = memoryview(bytearray(min(_BUFFER_BYTES, num_bytes))), 0
         with _named_error(self.path):
             while done < num_bytes:
@@ -185,7 +194,6 @@ class FileWriter:
                     raise OSError(errno.EIO, _ENDED_EARLY)
                 self._digests.absorb(buffer[:count], [position + done for position in positions])
                 done += count
-        return copies
 
     def _copy_one(self, position: int, num_bytes: int, source: int, source_position: int) -> None:
         with _named_error(self.path):

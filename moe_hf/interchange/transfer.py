@@ -6,7 +6,6 @@ The numbers are copied between the files by the kernel, so memory does not grow 
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -209,19 +208,16 @@ def _write(
     layouts = file_layouts(specs, max_shard_size)
     checksums = {}
     for layout in layouts:
-        with FileWriter(folder, layout) as file, ThreadPoolExecutor(1) as pool:
-            copies = []
+        with FileWriter(folder, layout) as file:
             for name, spec in layout.tensors.items():
                 reached, size = 0, spec.dtype.itemsize
                 for span in plan[name]:
                     descriptor, position = reader.place(span.source)
                     position += span.start * size
-                    copies += file.copy([(name, reached)], span.count * size, descriptor, position, pool)
+                    file.copy([(name, reached)], span.count * size, descriptor, position)
                     reached += span.count * size
                 if not plan[name]:
                     file.write(name, torch.zeros(spec.shape, dtype=spec.dtype))
-            for copy in copies:
-                copy.result()
         checksums[layout.name] = file.checksum
     write_index(folder, layouts)
     return checksums

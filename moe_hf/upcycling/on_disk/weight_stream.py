@@ -6,7 +6,7 @@ common with the source byte by byte is copied within the kernel.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby
 
@@ -77,33 +77,27 @@ class WeightStream:
     def write(self, file: FileWriter) -> None:
         """Fill one file."""
         with _one_thread_each(), ThreadPoolExecutor(_WORKERS) as pool:
-            copies: list[Future] = []
-            try:
-                for block, group in groupby(file.layout.tensors, self._block_of):
-                    if block is None:
-                        for name in group:
-                            copies += self._write_other(file, name, pool)
-                    else:
-                        copies += self._write_block(file, block, list(group), pool)
-                for copy in copies:
-                    copy.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            for block, group in groupby(file.layout.tensors, self._block_of):
+                if block is not None:
+                    self._write_block(file, block, list(group), pool)
+                    continue
+                for name in group:
+                    self._write_other(file, name)
+            file.finish_copies()
 
     def _block_of(self, name: str) -> str | None:
         return next((block for block in self._sites if self._in_memory[name].startswith(block)), None)
 
-    def _write_other(self, file: FileWriter, name: str, pool: ThreadPoolExecutor) -> list[Future]:
-        """A tensor outside of the blocks: the dense model's, or the mean over several; returns copies under way."""
+    def _write_other(self, file: FileWriter, name: str) -> None:
+        """A tensor outside of the blocks: the dense model's, or the mean over several."""
         spec, own, dense = self.tensors[name], self._in_memory[name], self._averaged
         as_stored = dense[0].reader.tensors[dense[0].stored_name(own)].dtype == dense[0].dtype(own) == spec.dtype
         if as_stored and len(dense) == 1:
-            return file.copy([(name, 0)], spec.nbytes, *dense[0].reader.place(dense[0].stored_name(own)), pool)
+            file.copy([(name, 0)], spec.nbytes, *dense[0].reader.place(dense[0].stored_name(own)))
+            return
         for start, stop in row_ranges(spec):
             rows = average([one.read(own, start, stop) for one in dense])
             file.write(name, rows.to(spec.dtype), start * spec.row_bytes)
-        return []
 
     def _describe(self, block: str) -> tuple[dict[str, BlockTensor], dict[str, torch.Tensor]]:
         """What the block's tensors are made of: those of experts as slots, small ones as they are."""
@@ -143,8 +137,7 @@ class WeightStream:
         mean = {name: average([state[name] for state in learned]) for name in learned[0]}
         return {f"{part}.act_fn.{name}": mean[name] for part in ("experts", "shared_expert") for name in mean}
 
-    def _write_block(self, file: FileWriter, block: str, names: list[str], pool: ThreadPoolExecutor) -> list[Future]:
-        """Some tensors of a block; returns copies under way."""
+    def _write_block(self, file: FileWriter, block: str, names: list[str], pool: ThreadPoolExecutor) -> None:
         of_slots, small = self._describe(block)
         slots: list[tuple[str, Slot]] = []
         for name in names:
@@ -157,11 +150,9 @@ class WeightStream:
         def origin(entry: tuple[str, Slot]) -> tuple[int, str]:
             return entry[1].recipe.source, entry[1].piece
 
-        copies = []
         for (source, piece), group in groupby(sorted(slots, key=origin), origin):
             writer = _PieceWriter(self.dense[source], self._sites[block][source], piece, file, pool)
-            copies += writer.write(list(group))
-        return copies
+            writer.write(list(group))
 
 
 class _PieceWriter:
@@ -170,9 +161,9 @@ class _PieceWriter:
     def __init__(self, dense: DenseCheckpoint, site: MLPSite, piece: str, file: FileWriter, pool: ThreadPoolExecutor):
         self.dense, self.site, self.piece, self.file, self.pool = dense, site, piece, file, pool
 
-    def write(self, slots: list[tuple[str, Slot]]) -> list[Future]:
-        """Write `slots`, pairs of a tensor's name and one of its slots; returns copies under way."""
-        stored, copies = self._stored_place(), []
+    def write(self, slots: list[tuple[str, Slot]]) -> None:
+        """Write `slots`, pairs of a tensor's name and one of its slots."""
+        stored = self._stored_place()
         # Slots of equal numbers together; a random one by itself.
         groups: dict[object, list[tuple[str, Slot]]] = {}
         for name, slot in slots:
@@ -181,12 +172,11 @@ class _PieceWriter:
         for (_, dtype), group in groups.items():
             if stored is not None and stored[2] == dtype and _is_plain(group[0][1]):
                 places = [(name, self._span(name, slot)[0]) for name, slot in group]
-                copies += self.file.copy(places, self._span(*group[0])[1], *stored[:2], self.pool)
+                self.file.copy(places, self._span(*group[0])[1], *stored[:2])
             else:
                 made.append(group)
         if made:
             self._make(made)
-        return copies
 
     def _make(self, groups: list[list[tuple[str, Slot]]]) -> None:
         piece = DensePiece(self.dense.piece(self.site, self.piece), self.pool.map)
