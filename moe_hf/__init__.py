@@ -23,6 +23,7 @@ _MODULES = {
     "grow_experts": "moe_hf.upcycling",
     "import_native": "moe_hf.interchange",
     "inspect_model": "moe_hf.inspection",
+    "plan_training": "moe_hf.training_plan",
     "plan_upcycling": "moe_hf.planning",
     "probe_routing": "moe_hf.upcycling",
     "register_expert": "moe_hf.modeling.extra_experts",

@@ -135,7 +135,7 @@ def plan_upcycling(
     """
     ready = prepare(
         source,
-        lambda given: (str(given), _on_meta(str(given))),
+        lambda given: (str(given), dense_on_meta(str(given))),
         num_experts=num_experts,
         num_experts_per_tok=num_experts_per_tok,
         init=init,
@@ -164,7 +164,7 @@ def plan_upcycling(
     )
 
 
-def _on_meta(source: str) -> PreTrainedModel:
+def dense_on_meta(source: str) -> PreTrainedModel:
     """The dense model without numbers, in the dtype that it would be loaded in."""
     config = load_config(source)
     if isinstance(config, MoEConfig):

@@ -50,6 +50,7 @@ LAYERS = [
     },
     {"upcycling", "finetuning", "interchange", "inspection", "extraction"},
     {"reporting", "planning"},
+    {"training_plan"},
     {"hub", "streaming"},
     {"trainer"},
     {"cli"},

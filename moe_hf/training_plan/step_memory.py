@@ -38,26 +38,27 @@ class StepMemory:
         weights: parameters and buffers, float32 masters of the trained ones included.
         gradients: of the trained parameters.
         optimizer: its state.
-        activations: the most that was alive of everything else.
         peak: the most that was alive at once.
+        shared_peaks: by number of devices, the most of everything but weights and optimizer, when a gradient counts for
+            that part of it only.
     """
 
     weights: int
     gradients: int
     optimizer: int
-    activations: int
     peak: int
+    shared_peaks: dict[int, int]
 
 
 class LiveBytes(TorchDispatchMode):
     """Counts the storages that are alive while it is active; gradients and fixed tensors apart."""
 
-    def __init__(self):
+    def __init__(self, devices: tuple[int, ...] = ()):
         super().__init__()
         self._kinds: dict[int, tuple[str, int]] = {}
         self._deaths: dict[int, weakref.ref] = {}
         self.live = {"fixed": 0, "gradients": 0, "activations": 0}
-        self.peak = self.most_activations = 0
+        self.peak, self.shared_peaks = 0, dict.fromkeys(devices, 0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = _grouped_mm(*args) if func is torch.ops.aten._grouped_mm.default else func(*args, **(kwargs or {}))
@@ -81,7 +82,9 @@ class LiveBytes(TorchDispatchMode):
         self._deaths[key] = weakref.ref(storage, lambda _: self._remove(key))
         self.live[kind] += storage.nbytes()
         self.peak = max(self.peak, sum(self.live.values()))
-        self.most_activations = max(self.most_activations, self.live["activations"])
+        for devices, most in self.shared_peaks.items():
+            own = self.live["activations"] + self.live["gradients"] // devices
+            self.shared_peaks[devices] = max(most, own)
 
     def _remove(self, key: int) -> None:
         kind, size = self._kinds.pop(key)
@@ -90,7 +93,7 @@ class LiveBytes(TorchDispatchMode):
 
     def restart(self) -> None:
         """Forget what was the most so far."""
-        self.peak, self.most_activations = sum(self.live.values()), self.live["activations"]
+        self.peak, self.shared_peaks = sum(self.live.values()), dict.fromkeys(self.shared_peaks, 0)
 
 
 def _grouped_mm(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor | None = None, *_) -> torch.Tensor:
@@ -111,7 +114,8 @@ def step_memory(
     optimizer: str,
     checkpointing: bool = False,
     accumulation: int = 1,
-) -> tuple[StepMemory, dict[str, tuple[int, int, bool]]]:
+    devices: tuple[int, ...] = (1,),
+) -> StepMemory:
     """Run training steps without numbers, and count.
 
     Args:
@@ -121,18 +125,19 @@ def step_memory(
         optimizer (`str`): a name of `OPTIMIZERS`.
         checkpointing (`bool`): gradient checkpointing of each decoder layer.
         accumulation (`int`): micro-batches of a step.
-
-    Returns:
-        the figures, and of each parameter the number of values, the bytes and whether it trains, by name.
+        devices (`tuple[int]`): numbers of devices to tell `shared_peaks` for.
 
     Raises:
         MoEError: an optimizer that there is not, or a model whose forward pass looks at numbers.
     """
     if optimizer not in OPTIMIZERS:
         raise MoEError(f"optimizer={optimizer!r}: choose one of {', '.join(OPTIMIZERS)}.")
-    with FakeTensorMode():
+    with torch.device("meta"):
         model = build().train()
+    with FakeTensorMode(allow_non_fake_inputs=True):
         loaded = model.dtype
+        model.to_empty(device="cpu")
+        model.tie_weights()
         apply_scope(model, scope)
         if hasattr(model.config, "_experts_implementation"):
             model.set_experts_implementation("grouped_mm")
@@ -142,7 +147,7 @@ def step_memory(
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         is_mixed = loaded.itemsize < 4 and any(parameter.dtype == torch.float32 for parameter in trained)
         autocast = torch.autocast("cpu", loaded) if is_mixed else nullcontext()
-        counter = LiveBytes()
+        counter = LiveBytes(devices)
         weights = [*model.parameters(), *model.buffers()]
         for tensor in weights:
             counter.add(tensor, "fixed")
@@ -162,12 +167,8 @@ def step_memory(
                 f"({str(error).splitlines()[0]})."
             ) from error
         gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-        figures = StepMemory(stored, gradients, counter.live["fixed"] - stored, counter.most_activations, counter.peak)
-        facts = {
-            name: (parameter.numel(), parameter.numel() * parameter.element_size(), parameter.requires_grad)
-            for name, parameter in model.named_parameters()
-        }
-    return figures, facts
+        optimizer_bytes = counter.live["fixed"] - stored
+    return StepMemory(stored, gradients, optimizer_bytes, counter.peak, counter.shared_peaks)
 
 
 def _step(
