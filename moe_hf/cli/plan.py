@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from moe_hf.training_plan import TrainingPlan
 
 
-HEADER = ("weights", "gradients", "optimizer", "activations", "buffers", "in all", "all-to-all", "other traffic", "")
+FIGURES = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "buffers": "buffers",
+    "in all": "total",
+    "all-to-all per step": "all_to_all",
+    "other traffic per step": "reduction",
+}
 
 
 def plan(
@@ -71,7 +80,7 @@ def plan(
 def _print(made: "TrainingPlan") -> None:
     settings = made.settings
     title = f"{made.source}: scope {settings.scope}, {settings.tokens} tokens per GPU and micro-batch"
-    print_rows(title, list(_layout_rows(made)), HEADER)
+    print_rows(title, _layout_rows(made), tuple(one.layout for one in made.layouts))
     if made.change is not None:
         change = made.change
         typer.echo(
@@ -96,7 +105,6 @@ def _print(made: "TrainingPlan") -> None:
 
 
 def _layout_rows(made: "TrainingPlan") -> Iterator[tuple[str, ...]]:
-    for one in made.layouts:
-        held = (one.weights, one.gradients, one.optimizer, one.activations, one.buffers, one.total)
-        figures = (*held, one.all_to_all, one.reduction)
-        yield one.layout, *map(bytes_text, figures), one.why_not or ("fits" if made.fits(one) else "does not fit")
+    for label in FIGURES:
+        yield label, *(bytes_text(getattr(one, FIGURES[label])) for one in made.layouts)
+    yield "", *(one.why_not or ("fits" if made.fits(one) else "does not fit") for one in made.layouts)

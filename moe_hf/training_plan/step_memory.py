@@ -142,7 +142,7 @@ def step_memory(
         if hasattr(model.config, "_experts_implementation"):
             model.set_experts_implementation("grouped_mm")
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable()
             model.enable_input_require_grads()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         is_mixed = loaded.itemsize < 4 and any(parameter.dtype == torch.float32 for parameter in trained)

@@ -17,7 +17,7 @@ def peak(family: str, scope: str, checkpointing: bool, accumulation: int, dtype:
     apply_scope(model, scope)
     model.set_experts_implementation("grouped_mm")
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
         model.enable_input_require_grads()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     update = OPTIMIZERS["adamw"](trained)
