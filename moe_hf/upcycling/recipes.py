@@ -26,7 +26,7 @@ from moe_hf.upcycling.gaussians import GaussianStream, key_to_seed
 
 # Of the float32 numbers that are worked on at a time: less than the C library takes from the system and gives back with
 # each tensor, which was measured to be three times as slow. Part of what makes random numbers reproducible.
-BLOCK_BYTES = 1 << 18
+BLOCK_BYTES = 1 << 19
 
 
 @dataclass(frozen=True, eq=False)
