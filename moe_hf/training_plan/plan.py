@@ -155,7 +155,7 @@ def plan_training(
         checkpointing (`bool`): gradient checkpointing of each layer.
         accumulation (`int`): micro-batches of a step.
         load (*optional*): measured choices per layer and expert, (L, E), or a JSON file with them; adds a proposal where
-            to place experts and which to hold on every device.
+            to place experts and which to hold on every device, whose memory is not in the figures of the layouts.
 
     Raises:
         MoEError: for a source without experts or settings that do not fit.
@@ -252,7 +252,9 @@ class _Planner:
         others = (given.gpus - 1) / given.gpus
         row = PASSES * others * sizes.hidden_size * DTYPES[given.dtype].itemsize
         rows = given.tokens * given.accumulation * given.gpus * sizes.experts_per_token
-        return propose(counts, given.gpus, rows, TrafficPrices(row, 2 * others * sizes.expert))
+        # Experts that do not train have no gradients to sum.
+        shadow = 2 * others * sizes.expert if sizes.trained_experts else 0.0
+        return propose(counts, given.gpus, rows, TrafficPrices(row, shadow))
 
 
 def _doublings(start: int, most: int) -> Iterator[int]:
