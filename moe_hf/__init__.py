@@ -43,6 +43,7 @@ _MODULES = {
     "load_expert_deltas": "moe_hf.finetuning",
     "merge_selected_experts": "moe_hf.finetuning",
     "parameter_groups": "moe_hf.trainer",
+    "plan_training": "moe_hf.training_plan",
     "plan_upcycling": "moe_hf.planning",
     "probe_routing": "moe_hf.upcycling",
     "register_expert": "moe_hf.modeling.extra_experts",
