@@ -14,8 +14,9 @@ from transformers import initialization as init
 from .dense_mlp import INLINE_ATTRIBUTE, MLPSite
 from .experts import Experts
 from .extra_experts import ExtraExpert
-from .moe_block import MoEBlock, Router
+from .moe_block import MoEBlock
 from .multi_head import HEAD_GAIN, MultiHead
+from .router import Router
 from .routing_ids import ID_ARGUMENTS
 
 

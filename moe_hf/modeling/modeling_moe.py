@@ -30,10 +30,12 @@ from .custom_code import CUSTOM_CODE  # noqa: F401 - importing it registers them
 from .dense_mlp import activation_of, check_one_expert_reproduces, find_mlp_sites, holder_of
 from .dynamic_class import Combined, combine, put_block
 from .losses import LOSSES, LayerRouting, loss_coefficients, reward_predictions, sum_over_ranks
-from .moe_block import MoEBlock, RoutingPass, current_routing_pass, recompute_contexts, routing_pass, rows_are_aligned
+from .moe_block import MoEBlock, rows_are_aligned
 from .parallel_plans import expert_parallel_plan, tensor_parallel_plan, wildcard
-from .routers import ROUTERS, check_generation, router_spec, save_custom_code, why_no_cache
+from .routers import ROUTERS, carries_on, check_generation, router_spec, save_custom_code, why_no_cache
+from .routing_cache import carried_by, mask_of_tokens
 from .routing_ids import extend_ids, open_experts, spread_ids, take_ids
+from .routing_pass import RoutingPass, current_routing_pass, recompute_contexts, routing_pass
 
 
 @dataclass
@@ -124,6 +126,8 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         if requested is None and not rows_are_aligned(base_model):
             config._experts_implementation_internal = "eager"
         self._adopt_submodels(base_model)
+        if carries_on(config):
+            self._can_compile_fullgraph = False  # generate would compile steps that cannot keep what routers carry on
         self.post_init()
 
     def _install_blocks(self, base_model: nn.Module) -> None:
@@ -225,12 +229,15 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         if reason is not None and past is not None and past.get_seq_length() > 0:
             raise MoEError(reason)
         attention_mask, position_ids = named.get("attention_mask"), named.get("position_ids")
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            current.token_mask = attention_mask[:, -sequence_length:].reshape(-1).bool()
+        is_plain = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+        if is_plain or (attention_mask is not None and carries_on(self.config)):
+            current.token_mask = mask_of_tokens(attention_mask, (batch_size, sequence_length), past)
         elif attention_mask is None and position_ids is not None and position_ids.dim() == 2 and sequence_length > 1:
             starts = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
             row = torch.arange(batch_size, device=starts.device)[:, None] * sequence_length
             current.document_ids = (starts.cumsum(-1) + row).reshape(-1)
+        if carries_on(self.config) and not is_torchdynamo_compiling():
+            current.carried = carried_by(past, position_ids)
         if ids is not None:
             shape = (batch_size, sequence_length)
             current.ids = spread_ids(self.config, ids, shape, past, current.token_mask, tokens.device)
@@ -309,6 +316,7 @@ class MoEModel(MoEPreTrainedModel):
         with routing_pass(RoutingPass(record=self._wants_record(output_router_logits), has_model=True)) as current:
             self._describe_batch(current, named, ids)
             outputs = super().forward(**named, return_dict=True)
+        current.keep_carry(outputs)
         outputs = _extended(
             MoEModelOutput,
             outputs,
@@ -351,6 +359,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             # Some heads call the decoder inside the base model, which then does not describe the batch itself.
             self._describe_batch(current, named, ids)
             outputs = super().forward(**named, return_dict=True)
+        current.keep_carry(outputs)
         if self.training and self.config.router_loss_coefs.get("policy_gradient_loss"):
             reward_predictions(current.layers, outputs.logits, named.get("labels"), named.get("shift_labels"))
         loss, aux_loss = outputs.loss, None

@@ -103,11 +103,8 @@ def why_no_cache(config: MoEConfig) -> str | None:
     spec = ROUTERS[config.router_type]
     if not spec.is_causal(config):
         return f"router_type={config.router_type!r} looks at the whole sequence, and with a cache it has only its end."
-    if config.routing_level in ("prefix", "sequence"):
-        return (
-            f"routing_level={config.routing_level!r} takes a mean over the sequence, and with a cache it has only the new "
-            "tokens. Generate with use_cache=False."
-        )
+    if config.routing_level == "sequence":
+        return "routing_level='sequence' takes a mean over the sequence, and with a cache it has only the new tokens."
     if not spec.cacheable:
         return (
             f"router_type={config.router_type!r} decides by earlier tokens of the sequence, and with a cache it has only "
@@ -126,6 +123,11 @@ def why_no_cache(config: MoEConfig) -> str | None:
             "generate with use_cache=False."
         )
     return None
+
+
+def carries_on(config: MoEConfig) -> bool:
+    """Whether its routers need to know something about earlier tokens when they decode with a cache."""
+    return config.routing_level == "prefix" or ROUTERS[config.router_type].carries
 
 
 def save_custom_code(config: MoEConfig, folder: str | Path) -> None:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning import find_moe_blocks
-from moe_hf.modeling.moe_block import Router
+from moe_hf.modeling.router import Router
 from moe_hf.modeling.routing import wide
 from moe_hf.upcycling.router_init.entropy import mean_entropy
 from moe_hf.upcycling.router_init.hidden_states import check_token_ids

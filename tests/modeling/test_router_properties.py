@@ -11,9 +11,10 @@ from moe_hf.finetuning.scopes import scope_parameter_names
 from moe_hf.modeling.capacity import expert_capacity
 from moe_hf.modeling.experts import Experts
 from moe_hf.modeling.modeling_moe import MoEForCausalLM
-from moe_hf.modeling.moe_block import MoEBlock, routing_pass
+from moe_hf.modeling.moe_block import MoEBlock
 from moe_hf.modeling.routers import ROUTERS
 from moe_hf.modeling.routing import router_scores
+from moe_hf.modeling.routing_pass import routing_pass
 from tests.modeling.reference import (
     in_float64,
     make_block,

@@ -16,8 +16,9 @@ from moe_hf import MoEConfig, MoEError, MoEForCausalLM, inspect_model, register_
 from moe_hf.finetuning.scopes import scope_parameter_names
 from moe_hf.modeling.extra_experts import EXTRA_EXPERTS, ExtraExpert
 from moe_hf.modeling.losses import LayerRouting, load_balancing_loss
-from moe_hf.modeling.moe_block import MoEBlock, RoutingPass, routing_pass
+from moe_hf.modeling.moe_block import MoEBlock
 from moe_hf.modeling.routing import Routing
+from moe_hf.modeling.routing_pass import RoutingPass, routing_pass
 from tests.modeling.reference import KINDS, in_float64, make_block, reference_expert, reference_moe
 from tests.modeling.test_custom_router import ISOLATED
 from tests.tiny_models import random_ids, randomise_, tiny_config, tiny_dense
