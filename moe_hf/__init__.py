@@ -31,6 +31,7 @@ _MODULES = {
     "replace_experts": "moe_hf.upcycling",
     "to_dense": "moe_hf.upcycling",
     "update_correction_bias": "moe_hf.trainer",
+    "update_router_state": "moe_hf.trainer",
     "upcycle": "moe_hf.upcycling",
     "upcycle_checkpoint": "moe_hf.streaming",
     "verify": "moe_hf.upcycling",

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import convolution_expert  # noqa: F401 - importing it registers the expert
-from moe_hf import MoEConfig, MoEForCausalLM
+from examples import convolution_expert, load_aware_router  # noqa: F401 - importing registers them
+from moe_hf import MoEConfig, MoEForCausalLM, update_router_state
 from tests.tiny_models import random_ids, tiny_config, tiny_dense
 
 
@@ -91,6 +91,14 @@ def test_08_mixed_specialists_know_what_both_know():
         assert rows[name][domain] < rows["base"][domain]
     assert rows["mix, untrained"][-1] < rows["base"][-1]
     assert rows["mix, trained on both"][-1] < min(rows["code specialist"][-1], rows["prose specialist"][-1])
+
+
+def test_the_load_aware_router_follows_the_load():
+    assert run("load_aware_router.py") == ""
+    model = MoEForCausalLM(MoEConfig(text_config=tiny_config("llama"), num_experts=4, router_type="load_aware"))
+    model.train()(random_ids())
+    update_router_state(model)
+    assert all(layer.mlp.gate.surplus.abs().max() > 0 for layer in model.model.layers)
 
 
 def test_the_convolution_expert_can_be_chosen():

@@ -18,6 +18,7 @@ OVERFLOW_POLICIES = ("drop", "reroute")
 CAPACITY_ORDERS = ("token_major", "choice_major", "batch_prioritized")
 BALANCE_STRATEGIES = ("loss", "bias")
 BALANCE_LOSS_SCOPES = ("micro_batch", "sequence", "global_batch")
+DENSE_FFN_PLACES = (None, "before", "after")
 LOAD_ESTIMATORS = ("shazeer", "vmoe")
 # Routers whose weights are the scores themselves, unless `norm_topk_prob=True`.
 UNNORMALISED = ("top_p", "expert_choice", "expert_threshold", "bernoulli")
@@ -218,6 +219,7 @@ def check_structure(config: Any, num_layers: int) -> None:
         raise MoEError(
             f"shared_expert_gate={config.shared_expert_gate!r} needs a shared expert: set shared_expert_intermediate_size."
         )
+    _check_member(config, "moe_dense_ffn", DENSE_FFN_PLACES)
     _check_experts_per_layer(config, num_layers)
     widths = config.expert_intermediate_sizes
     if widths is not None and (len(widths) != config.num_experts or min(widths) < 1):
@@ -282,7 +284,7 @@ def beyond_plain_blocks(config: Any) -> list[str]:
     """The fields, as `name=value`, that make a block more than E equal experts behind a linear router of tokens."""
     plain = {"router_arch": "linear", "routing_level": "token", "num_moe_heads": 1, "router_type": "top_k"}
     plain |= {"router_per_task": False, "expert_groups": None, "num_experts_per_layer": None}
-    plain |= {"expert_intermediate_sizes": None, "extra_experts": None}
+    plain |= {"expert_intermediate_sizes": None, "extra_experts": None, "moe_dense_ffn": None}
     named = {name: getattr(config, name) for name in plain}
     fields = [f"{name}={value!r}" for name, value in named.items() if (value or None) != (plain[name] or None)]
     return fields + ["shared_expert_gate='softmax'"] * (config.shared_expert_gate == "softmax")

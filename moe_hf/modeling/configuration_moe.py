@@ -105,6 +105,9 @@ class MoEConfig(PreTrainedConfig):
         shared_expert_gate (`bool` or `str`, defaults to `False`):
             Whether a learned sigmoid gate scales the shared expert's output. With `"softmax"` two coefficients that
             sum to 1 weigh the routed experts' output and the shared expert's.
+        moe_dense_ffn (`str`, *optional*):
+            A dense layer `"before"` or `"after"` the experts of each MoE layer, as wide as the dense model's MLP. It starts
+            without effect.
         first_k_dense_replace (`int`, defaults to 0):
             The first layers that stay dense.
         decoder_sparse_step (`int`, defaults to 1):
@@ -200,6 +203,7 @@ class MoEConfig(PreTrainedConfig):
     num_moe_heads: int = 1
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool | str = False
+    moe_dense_ffn: str | None = None
     first_k_dense_replace: int = 0
     decoder_sparse_step: int = 1
     mlp_only_layers: list[int] | None = None

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .dense_mlp import INLINE_ATTRIBUTE, MLPSite
-from .experts import Experts
+from .experts import DenseFFN, Experts
 from .extra_experts import ExtraExpert
 from .moe_block import MoEBlock
 from .multi_head import HEAD_GAIN, MultiHead
@@ -68,6 +68,9 @@ class Combined:
                 module.zero_padding_()
         elif isinstance(module, ExtraExpert):
             module.reset_parameters()
+        elif isinstance(module, DenseFFN):
+            for parameter in module.down_proj.parameters():
+                init.zeros_(parameter)
         elif isinstance(module, MultiHead):
             init.xavier_uniform_(module.head_proj.weight, gain=HEAD_GAIN)
             init.xavier_uniform_(module.merge_proj.weight)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from .configuration_moe import MoEConfig
 from .dense_mlp import MLPSite
-from .experts import SharedExpert, make_experts
+from .experts import DenseFFN, SharedExpert, make_experts
 from .extra_experts import ExtraExperts
 from .multi_head import MultiHead
 from .router import Router
@@ -40,11 +40,26 @@ class MoEBlock(nn.Module):
             if config.shared_expert_gate:
                 mixes = config.shared_expert_gate == "softmax"
                 self.shared_expert_gate = nn.Linear(site.hidden_size, 2 if mixes else 1, bias=mixes)
+        self.dense_ffn_place = config.moe_dense_ffn
+        self.dense_ffn = None if config.moe_dense_ffn is None else DenseFFN(site, act_fn)
         self.dropout = nn.Dropout(site.dropout)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """(..., D) -> (..., D). Families whose MLP adds the residual stream itself pass it as `residual`."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, D)
+        if self.dense_ffn is None:
+            output = self._experts_output(tokens)
+        elif self.dense_ffn_place == "before":
+            added = self.dense_ffn(tokens)
+            output = added + self._experts_output(tokens + added)
+        else:
+            output = self._experts_output(tokens)
+            output = output + self.dense_ffn(tokens + output)
+        output = self.dropout(output.view_as(hidden_states))
+        return output if residual is None else residual + output
+
+    def _experts_output(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What routed and shared experts make of the tokens, (T, D) -> (T, D)."""
         routed = tokens if self.multi_head is None else self.multi_head.split(tokens)
         _, top_k_weights, top_k_index, *more = self.gate(routed)
         token_index, segment_index = (*more, None, None)[:2]
@@ -71,8 +86,7 @@ class MoEBlock(nn.Module):
                     coefficients = coefficients.softmax(-1)
                     output, shared = output * coefficients[:, :1], shared * coefficients[:, 1:]
             output = output + shared
-        output = self.dropout(output.view_as(hidden_states))
-        return output if residual is None else residual + output
+        return output
 
     def _run_extra_experts(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from examples import convolution_expert  # noqa: F401 - importing it registers the expert
+from examples import convolution_expert, load_aware_router  # noqa: F401 - importing registers them
 from moe_hf import MoEConfig, MoEForCausalLM
 from moe_hf.modeling.experts import Experts
 from moe_hf.modeling.router import Router
@@ -21,6 +21,7 @@ from tests.modeling.router_references import (
     dense,
     expert_choice,
     expert_threshold,
+    load_aware,
     open_gates,
     prioritized,
     segments,
@@ -88,8 +89,10 @@ class RouterCase:
 
     def config(self, layers: int = 3) -> MoEConfig:
         """The configuration of a tiny llama with this router."""
-        dense = tiny_config("llama", num_hidden_layers=layers)
-        return MoEConfig(text_config=dense, **{"num_experts": NUM_EXPERTS, **self.fields})
+        fields = {"num_experts": NUM_EXPERTS, **self.fields}
+        if "num_experts_per_layer" in fields:
+            fields["num_experts_per_layer"] = fields["num_experts_per_layer"][-layers:]
+        return MoEConfig(text_config=tiny_config("llama", num_hidden_layers=layers), **fields)
 
     def model(self, layers: int = 3) -> MoEForCausalLM:
         """A tiny model with random weights, router parameters included."""
@@ -269,6 +272,9 @@ CASES: dict[str, RouterCase] = {
     "expert_threshold": RouterCase(
         {"router_type": "expert_threshold"}, expert_threshold, weights_sum=at_most_one, upcycles_exactly=False
     ),
+    "load_aware": RouterCase(
+        {"router_type": "load_aware", "router_kwargs": {"strength": 0.5}}, load_aware, compiles=True
+    ),
     "dense": RouterCase({"router_type": "dense", **EVERY}, dense, compiles=True),
     "dense_margin": RouterCase({"router_type": "dense_margin", **EVERY, "router_kwargs": {"margin": 0.15}}, dense),
     "bernoulli": RouterCase(GATES, open_gates, draws=True, weights_sum=whole, upcycles_exactly=False),
@@ -303,6 +309,17 @@ CASES: dict[str, RouterCase] = {
     ),
     "residual_softmax": RouterCase(
         {"shared_expert_intermediate_size": 88, "shared_expert_gate": "softmax"}, top_k, compiles=True
+    ),
+    "dense_before": RouterCase({"moe_dense_ffn": "before"}, top_k, compiles=True),
+    "dense_after_pyramid_residual": RouterCase(
+        {
+            "moe_dense_ffn": "after",
+            "num_experts_per_layer": [4, 6, 8],
+            "shared_expert_intermediate_size": 88,
+            "shared_expert_gate": "softmax",
+        },
+        top_k,
+        compiles=True,
     ),
     "extra_experts": RouterCase(
         {"extra_experts": ["constant", "zero", "copy", "constant"], "num_experts_per_tok": 3},

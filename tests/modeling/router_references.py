@@ -148,6 +148,16 @@ def expert_threshold(scores: torch.Tensor, groups: list[list[int]], config: MoEC
     return [[(e, row[e]) for e, bar in enumerate(bars) if row[e] >= bar] for row in scores]
 
 
+def load_aware(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
+    """The K highest of logit - strength * E * surplus; logarithms of softmax scores do for logits."""
+    result: Choices = []
+    for row in scores:
+        lowered = (row.log() - config.router_kwargs["strength"] * config.num_experts * BIAS).tolist()
+        chosen = sorted(range(len(lowered)), key=lowered.__getitem__, reverse=True)[: config.num_experts_per_tok]
+        result.append(_weigh(chosen, chosen, row, config))
+    return result
+
+
 def dense(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
     """Every expert; with a margin, those that did not have more than the mean by it."""
     over = BIAS - BIAS.mean()

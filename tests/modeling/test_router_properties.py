@@ -20,6 +20,7 @@ from tests.modeling.reference import (
     make_block,
     reference_expert,
     reference_extra_expert,
+    reference_mlp,
     reference_shared,
 )
 from tests.modeling.router_inputs import block_pass, given_ids, make_logits_huge_, naive_logits
@@ -234,6 +235,21 @@ def merged(experts: Experts, choices: list) -> SimpleNamespace:
 
 
 def reference_output(block: MoEBlock, tokens: torch.Tensor, case: RouterCase, training: bool) -> torch.Tensor:
+    """What the block makes of (B, S, D) tokens in float64, one token after the other."""
+    if block.dense_ffn is None:
+        return reference_experts(block, tokens, case, training)
+
+    def dense(inputs: torch.Tensor) -> torch.Tensor:
+        return torch.stack([reference_mlp(block.dense_ffn, token) for token in inputs.flatten(0, 1)]).view_as(inputs)
+
+    if block.gate.config.moe_dense_ffn == "before":
+        added = dense(tokens)
+        return added + reference_experts(block, tokens + added, case, training)
+    output = reference_experts(block, tokens, case, training)
+    return output + dense(tokens + output)
+
+
+def reference_experts(block: MoEBlock, tokens: torch.Tensor, case: RouterCase, training: bool) -> torch.Tensor:
     """The double loop over tokens and their choices, for (B, S, D) tokens in float64."""
     config = block.gate.config
     if not training:
