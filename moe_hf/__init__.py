@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 # Public names and their modules, which are imported when a name is first used: the models need torch, seconds to load.
 _MODULES = {
+    "DomainMixture": "moe_hf.domain_mixture",
     "ExpertBalanceCallback": "moe_hf.trainer",
     "MoEConfig": "moe_hf.modeling.configuration_moe",
     "MoEError": "moe_hf.modeling.configuration_moe",

@@ -105,6 +105,9 @@ class MoEConfig(PreTrainedConfig):
         shared_expert_gate (`bool` or `str`, defaults to `False`):
             Whether a learned sigmoid gate scales the shared expert's output. With `"softmax"` two coefficients that
             sum to 1 weigh the routed experts' output and the shared expert's.
+        output_mixture (`str`, *optional*):
+            `"likelihood"`: each expert of the last layer makes a prediction of its own, and the gate mixes the
+            distributions, not the experts' outputs. With `router_type="dense"`.
         moe_dense_ffn (`str`, *optional*):
             A dense layer `"before"` or `"after"` the experts of each MoE layer, as wide as the dense model's MLP. It starts
             without effect.
@@ -203,6 +206,7 @@ class MoEConfig(PreTrainedConfig):
     num_moe_heads: int = 1
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool | str = False
+    output_mixture: str | None = None
     moe_dense_ffn: str | None = None
     first_k_dense_replace: int = 0
     decoder_sparse_step: int = 1

@@ -7,11 +7,10 @@ Letters: B batch, S sequence, T = B * S tokens, E experts, V vocabulary.
 """
 
 import inspect
-from dataclasses import dataclass, fields
 from functools import wraps
 
 import torch
-from torch import nn
+from torch import OutOfMemoryError, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -21,7 +20,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
@@ -29,8 +27,10 @@ from .configuration_moe import MoEConfig, MoEError
 from .custom_code import CUSTOM_CODE  # noqa: F401 - importing it registers them
 from .dense_mlp import activation_of, check_one_expert_reproduces, find_mlp_sites, holder_of
 from .dynamic_class import Combined, combine, put_block
-from .losses import LOSSES, LayerRouting, loss_coefficients, reward_predictions, sum_over_ranks
+from .losses import LOSSES, loss_coefficients, reward_predictions, sum_over_ranks
 from .moe_block import MoEBlock, rows_are_aligned
+from .output_mixture import NOT_HERE, OutputMixture
+from .outputs import MoECausalLMOutput, MoEModelOutput, extended, mean_stats
 from .parallel_plans import expert_parallel_plan, tensor_parallel_plan, wildcard
 from .routers import ROUTERS, carries_on, check_generation, router_spec, save_custom_code, why_no_cache
 from .routing_cache import carried_by, mask_of_tokens
@@ -38,48 +38,8 @@ from .routing_ids import extend_ids, open_experts, spread_ids, take_ids
 from .routing_pass import RoutingPass, current_routing_pass, recompute_contexts, routing_pass
 
 
-@dataclass
-class MoEModelOutput(MoeModelOutputWithPast):
-    """Output of [`MoEModel`].
-
-    Args:
-        router_logits (`tuple[torch.Tensor]`): raw logits per layer and (sub-)token, (T, E); with `output_router_logits`.
-        router_losses (`dict[str, torch.Tensor]`): unweighted router losses by name, means over layers.
-        router_stats (`dict[str, torch.Tensor]`): the routers' figures by name, such as `dropped_share`, means over layers.
-    """
-
-    router_losses: dict[str, torch.Tensor] | None = None
-    router_stats: dict[str, torch.Tensor] | None = None
-
-
-@dataclass
-class MoECausalLMOutput(MoeCausalLMOutputWithPast):
-    """Output of [`MoEForCausalLM`].
-
-    Args:
-        loss (`torch.Tensor`): the language-modelling loss; in training plus `aux_loss`.
-        aux_loss (`torch.Tensor`): weighted sum of the router losses; in training the very term that was added to
-            `loss`, in evaluation reported only, with `output_router_logits`.
-        router_logits (`tuple[torch.Tensor]`): raw logits per layer and (sub-)token, (T, E); with `output_router_logits`.
-        router_losses (`dict[str, torch.Tensor]`): unweighted router losses by name, means over layers.
-        router_stats (`dict[str, torch.Tensor]`): the routers' figures by name, such as `dropped_share`, means over layers.
-    """
-
-    router_losses: dict[str, torch.Tensor] | None = None
-    router_stats: dict[str, torch.Tensor] | None = None
-
-
-_KNOWN_FIELDS = {cls: frozenset(f.name for f in fields(cls)) for cls in (MoEModelOutput, MoECausalLMOutput)}
-
-
-def _extended(output_class: type, outputs, **more):
-    """`outputs` of the dense model as an `output_class`, with fields added; fields it does not know are kept too."""
-    known = _KNOWN_FIELDS[output_class]
-    result = output_class(**{k: v for k, v in outputs.items() if k in known and k not in more}, **more)
-    for name, value in outputs.items():
-        if name not in known:
-            result[name] = value
-    return result
+# Arguments of a head's forward that its loss alone reads.
+_LABELS = ("labels", "shift_labels", "num_items_in_batch")
 
 
 class MoEPreTrainedModel(Combined, PreTrainedModel):
@@ -308,8 +268,11 @@ class MoEModel(MoEPreTrainedModel):
         if current is not None and not current.has_model:
             # Called by a head, which opened the pass and reads what the routers recorded in it.
             current.has_model = True
+            if current.replay is not None:
+                return current.replay
             self._describe_batch(current, named)
-            return super().forward(**named)
+            outputs = super().forward(**named)
+            return outputs if current.mixture is None else current.mixture.take(outputs, current.batch_size)
         return_dict = self._take_flag(named, "return_dict")
         output_router_logits = self._take_flag(named, "output_router_logits")
         ids = take_ids(self.config, named)
@@ -317,12 +280,12 @@ class MoEModel(MoEPreTrainedModel):
             self._describe_batch(current, named, ids)
             outputs = super().forward(**named, return_dict=True)
         current.keep_carry(outputs)
-        outputs = _extended(
+        outputs = extended(
             MoEModelOutput,
             outputs,
             router_logits=tuple(layer.router_logits for layer in current.layers) if output_router_logits else None,
             router_losses=self._router_losses(current, output_router_logits),
-            router_stats=_mean_stats(current.layers),
+            router_stats=mean_stats(current.layers),
         )
         return outputs if return_dict else outputs.to_tuple()
 
@@ -345,6 +308,32 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             outputs, model_kwargs, *args, num_new_tokens=num_new_tokens, **kwargs
         )
 
+    def _run_dense(self, named: dict):
+        return super().forward(**named, return_dict=True)
+
+    def _mix_predictions(self, named: dict, mixture: OutputMixture):
+        """The dense model's output, with the logits of the mixture of the last layer's experts and their loss."""
+        rest = {name: value for name, value in named.items() if name not in (*_LABELS, "logits_to_keep")}
+        try:
+            outputs = self._run_dense(rest)
+        except RuntimeError as error:
+            if mixture.log_weights is None or mixture.hidden_states is not None or isinstance(error, OutOfMemoryError):
+                raise
+            raise MoEError(NOT_HERE) from error  # the dense layer could not hold (E, B, S, D)
+        if mixture.hidden_states is None:
+            raise MoEError(NOT_HERE)
+
+        def head(states: torch.Tensor) -> torch.Tensor:
+            tokens = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+            with routing_pass(RoutingPass(replay=mixture.ending_with(states))):
+                return self._run_dense({"input_ids": tokens, "use_cache": False}).logits
+
+        outputs["logits"] = mixture.logits(head, self.config.vocab_size, named.get("logits_to_keep", 0))
+        if named.get("labels") is not None:
+            labels = {name: named[name] for name in _LABELS if named.get(name) is not None}
+            outputs["loss"] = self.loss_function(logits=outputs["logits"], vocab_size=self.config.vocab_size, **labels)
+        return outputs
+
     def forward(self, *args, **kwargs):
         """Run the dense model's forward; in training add the weighted router losses to its loss, once.
 
@@ -355,10 +344,12 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         return_dict = self._take_flag(named, "return_dict")
         output_router_logits = self._take_flag(named, "output_router_logits")
         ids = take_ids(self.config, named)
-        with routing_pass(RoutingPass(record=self._wants_record(output_router_logits))) as current:
+        mixture = None if self.config.output_mixture is None else OutputMixture()
+        record = self._wants_record(output_router_logits)
+        with routing_pass(RoutingPass(record=record, mixture=mixture)) as current:
             # Some heads call the decoder inside the base model, which then does not describe the batch itself.
             self._describe_batch(current, named, ids)
-            outputs = super().forward(**named, return_dict=True)
+            outputs = self._run_dense(named) if mixture is None else self._mix_predictions(named, mixture)
         current.keep_carry(outputs)
         if self.training and self.config.router_loss_coefs.get("policy_gradient_loss"):
             reward_predictions(current.layers, outputs.logits, named.get("labels"), named.get("shift_labels"))
@@ -371,23 +362,16 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
                 aux_loss = aux_loss * _share_of_labels(named, aux_loss.dtype)
                 if loss is not None:
                     loss = loss + aux_loss.to(loss.device, loss.dtype)
-        outputs = _extended(
+        outputs = extended(
             MoECausalLMOutput,
             outputs,
             loss=loss,
             aux_loss=aux_loss,
             router_logits=tuple(layer.router_logits for layer in current.layers) if output_router_logits else None,
             router_losses=router_losses,
-            router_stats=_mean_stats(current.layers),
+            router_stats=mean_stats(current.layers),
         )
         return outputs if return_dict else outputs.to_tuple()
-
-
-def _mean_stats(layers: list[LayerRouting]) -> dict[str, torch.Tensor] | None:
-    """The figures that routers reported, by name, each the mean over the layers that have it."""
-    stats = [layer.routing.stats for layer in layers]
-    values = {name: [s[name] for s in stats if name in s] for name in sorted({name for s in stats for name in s})}
-    return {name: torch.stack([v.to(of[0].device) for v in of]).mean() for name, of in values.items()} or None
 
 
 def _share_of_labels(named: dict, dtype: torch.dtype) -> torch.Tensor | float:

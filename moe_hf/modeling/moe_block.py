@@ -16,6 +16,7 @@ from .extra_experts import ExtraExperts
 from .multi_head import MultiHead
 from .router import Router
 from .routers import router_spec
+from .routing import wide
 from .routing_pass import RoutingPass, current_routing_pass
 from .segment_merge import make_merged_experts
 
@@ -40,12 +41,18 @@ class MoEBlock(nn.Module):
             if config.shared_expert_gate:
                 mixes = config.shared_expert_gate == "softmax"
                 self.shared_expert_gate = nn.Linear(site.hidden_size, 2 if mixes else 1, bias=mixes)
+        last = site.layer_index == config.num_hidden_layers - 1
+        self.predicts_one_by_one = last and config.output_mixture is not None
         self.dense_ffn_place = config.moe_dense_ffn
         self.dense_ffn = None if config.moe_dense_ffn is None else DenseFFN(site, act_fn)
         self.dropout = nn.Dropout(site.dropout)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """(..., D) -> (..., D). Families whose MLP adds the residual stream itself pass it as `residual`."""
+        """(..., D) -> (..., D). Families whose MLP adds the residual stream itself pass it as `residual`.
+
+        The last layer of a mixture of predictions returns (E, ..., D): what is added to it, and done to it for each token
+        alone, is then for each expert alone.
+        """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, D)
         if self.dense_ffn is None:
             output = self._experts_output(tokens)
@@ -55,15 +62,20 @@ class MoEBlock(nn.Module):
         else:
             output = self._experts_output(tokens)
             output = output + self.dense_ffn(tokens + output)
-        output = self.dropout(output.view_as(hidden_states))
+        # (E, ...) where the experts are kept apart
+        output = self.dropout(output.view(*output.shape[:-2], *hidden_states.shape))
         return output if residual is None else residual + output
 
     def _experts_output(self, tokens: torch.Tensor) -> torch.Tensor:
         """What routed and shared experts make of the tokens, (T, D) -> (T, D)."""
         routed = tokens if self.multi_head is None else self.multi_head.split(tokens)
-        _, top_k_weights, top_k_index, *more = self.gate(routed)
+        router_logits, top_k_weights, top_k_index, *more = self.gate(routed)
         token_index, segment_index = (*more, None, None)[:2]
-        if segment_index is not None:
+        current = current_routing_pass()
+        if self.predicts_one_by_one and current is not None and current.mixture is not None:
+            current.mixture.log_weights = wide(router_logits).log_softmax(-1)
+            output = self._run_one_by_one(tokens)  # (E, T, D)
+        elif segment_index is not None:
             output = self.experts(routed, top_k_index, top_k_weights, segment_index)  # (T, D)
         elif token_index is not None:
             rows = self.experts(routed[token_index], top_k_index, top_k_weights)  # (R, D)
@@ -87,6 +99,14 @@ class MoEBlock(nn.Module):
                     output, shared = output * coefficients[:, :1], shared * coefficients[:, 1:]
             output = output + shared
         return output
+
+    def _run_one_by_one(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What each expert makes of each token, (T, D) -> (E, T, D)."""
+        num_experts = self.experts.num_experts
+        index = torch.arange(num_experts, device=tokens.device).repeat_interleave(len(tokens))[:, None]
+        weights = torch.ones(index.shape, device=tokens.device)
+        rows = self.experts(tokens.repeat(num_experts, 1), index, weights)
+        return self._count_bias_once(rows, index, weights).view(num_experts, *tokens.shape)
 
     def _run_extra_experts(
         self,

@@ -196,6 +196,7 @@ ROUTER_OPTIONS: dict[str, tuple[str, Callable[[MoEConfig], bool]]] = {
         "num_experts_per_layer, expert_intermediate_sizes and extra_experts",
         lambda config: bool(config.num_experts_per_layer or config.expert_intermediate_sizes or config.extra_experts),
     ),
+    "output_mixture": ("output_mixture", lambda config: config.output_mixture is not None),
     "groups": ("n_group and topk_group", lambda config: config.n_group is not None),
     "expert_groups": (
         "expert_groups without expert_group_prior",

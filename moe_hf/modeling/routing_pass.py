@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import CompileableContextVar
 
 from .configuration_moe import MoEError
 from .losses import LayerRouting
+from .output_mixture import OutputMixture
 from .routing_cache import Carry, keep_carry
 
 
@@ -38,6 +40,9 @@ class RoutingPass:
     record: bool = False
     has_model: bool = False
     layers: list[LayerRouting] = field(default_factory=list)
+    # In place of a mixture of outputs: the experts of the last layer apart, and what the head gets instead of running the decoder.
+    mixture: OutputMixture | None = None
+    replay: ModelOutput | None = None
     # With a cache: what routers carried on from earlier tokens, and what they carry on from these, by layer.
     carried: dict[int, Carry] | None = None
     carry: dict[int, Carry] = field(default_factory=dict)

@@ -276,6 +276,7 @@ CASES: dict[str, RouterCase] = {
         {"router_type": "load_aware", "router_kwargs": {"strength": 0.5}}, load_aware, compiles=True
     ),
     "dense": RouterCase({"router_type": "dense", **EVERY}, dense, compiles=True),
+    "likelihood": RouterCase({"router_type": "dense", "output_mixture": "likelihood", **EVERY}, dense, compiles=True),
     "dense_margin": RouterCase({"router_type": "dense_margin", **EVERY, "router_kwargs": {"margin": 0.15}}, dense),
     "bernoulli": RouterCase(GATES, open_gates, draws=True, weights_sum=whole, upcycles_exactly=False),
     "bernoulli_reinforce": RouterCase(
