@@ -69,7 +69,8 @@ class RouterCase:
         learns_from_reward: whether the router has a gradient from the rewards of predictions alone.
         refuses_cache: whether decoding with a cache is refused.
         weights_sum: what the weights of a token sum to, in training.
-        compiles: whether the model compiles as one graph.
+        compiles: whether the model compiles as one graph; otherwise it goes in rounds, or in parts, whose number depends on
+            the tokens.
         merges: whether experts' weights are mixed, and not their outputs.
         upcycles_exactly: whether copies of a dense MLP give the dense model, in evaluation.
     """
@@ -83,7 +84,7 @@ class RouterCase:
     learns_from_reward: bool = False
     refuses_cache: bool = False
     weights_sum: Callable[[torch.Tensor, MoEConfig], bool] = one
-    compiles: bool = False
+    compiles: bool = True
     merges: bool = False
     upcycles_exactly: bool = True
 
@@ -126,21 +127,21 @@ GATES = {"router_type": "bernoulli", "scoring_func": "sigmoid"}
 EVERY = {"num_experts_per_tok": NUM_EXPERTS, "router_aux_loss_coef": 0.0}
 
 CASES: dict[str, RouterCase] = {
-    "top_k": RouterCase({}, top_k, compiles=True),
+    "top_k": RouterCase({}, top_k),
     "switch": RouterCase({"num_experts_per_tok": 1}, top_k, weights_sum=at_most_one, upcycles_exactly=False),
     "unnormalised": RouterCase(
         {"norm_topk_prob": False, "num_experts_per_tok": 3}, top_k, weights_sum=at_most_one, upcycles_exactly=False
     ),
     "sigmoid": RouterCase({"scoring_func": "sigmoid", "routed_scaling_factor": 2.5}, top_k),
-    "groups_sigmoid": RouterCase({"scoring_func": "sigmoid", **GROUPS}, top_k, compiles=True),
+    "groups_sigmoid": RouterCase({"scoring_func": "sigmoid", **GROUPS}, top_k),
     "groups_softmax": RouterCase(GROUPS, top_k),
     "bias": RouterCase({"balance_strategy": "bias"}, top_k),
     "mlp": RouterCase({"router_arch": "mlp"}, top_k),
     "cosine": RouterCase(
         {"router_arch": "cosine", "router_arch_kwargs": {"hidden_size": 5, "temperature": 0.1}}, top_k
     ),
-    "attention": RouterCase({"router_arch": "attention"}, top_k, compiles=True),
-    "multi_head": RouterCase({"num_moe_heads": 3}, top_k, compiles=True, upcycles_exactly=False),
+    "attention": RouterCase({"router_arch": "attention"}, top_k),
+    "multi_head": RouterCase({"num_moe_heads": 3}, top_k, upcycles_exactly=False),
     "multi_head_capacity": RouterCase(
         {"num_moe_heads": 2, "router_arch": "cosine", "capacity_factor": 0.6, "min_expert_capacity": 1},
         top_k,
@@ -151,29 +152,30 @@ CASES: dict[str, RouterCase] = {
     "deepseek_v3": RouterCase(
         {"scoring_func": "sigmoid", "balance_strategy": "bias", "routed_scaling_factor": 2.5, **GROUPS}, top_k
     ),
-    "task": RouterCase({"routing_level": "task", "num_tasks": 3}, top_k, compiles=True),
+    "task": RouterCase({"routing_level": "task", "num_tasks": 3}, top_k),
     "task_top_p": RouterCase(
         {"routing_level": "task", "num_tasks": 3, "router_type": "top_p"},
         top_p,
         weights_sum=at_most_one,
         upcycles_exactly=False,
     ),
-    "router_per_task": RouterCase({"num_tasks": 3, "router_per_task": True}, top_k, compiles=True),
-    "expert_groups": RouterCase({"expert_groups": LANGUAGES | MODALITIES}, top_k, compiles=True),
+    "router_per_task": RouterCase({"num_tasks": 3, "router_per_task": True}, top_k),
+    "expert_groups": RouterCase({"expert_groups": LANGUAGES | MODALITIES}, top_k),
     "expert_groups_sigmoid_capacity": RouterCase(
         TIGHT | {"expert_groups": LANGUAGES, "scoring_func": "sigmoid", "overflow_policy": "reroute"},
         top_k,
         counts_tokens=True,
         weights_sum=one_or_none,
+        compiles=False,
     ),
     "expert_group_prior": RouterCase({"expert_groups": LANGUAGES, "expert_group_prior": 0.7}, top_k),
-    "prefix": RouterCase({"routing_level": "prefix"}, top_k, compiles=True),
+    "prefix": RouterCase({"routing_level": "prefix"}, top_k),
     "jitter": RouterCase({"router_jitter_noise": 0.3}, top_k, draws=True),
     "gaussian": RouterCase({"router_noise": "gaussian", "router_noise_scale": 8.0}, top_k, draws=True),
     "uniform": RouterCase({"router_noise": "uniform"}, top_k, draws=True),
     "gumbel": RouterCase({"router_noise": "gumbel"}, top_k, draws=True),
     "shazeer": RouterCase({"router_noise": "learned", "router_noise_affects": "both"}, top_k, draws=True),
-    "drop": RouterCase(TIGHT, top_k, counts_tokens=True, weights_sum=at_most_one, compiles=True),
+    "drop": RouterCase(TIGHT, top_k, counts_tokens=True, weights_sum=at_most_one),
     "drop_after": RouterCase(
         TIGHT | {"router_kwargs": {"renormalise": "after"}}, top_k, counts_tokens=True, weights_sum=one_or_none
     ),
@@ -182,12 +184,18 @@ CASES: dict[str, RouterCase] = {
         {"capacity_factor": 0.01, "min_expert_capacity": 3}, top_k, weights_sum=at_most_one
     ),
     "drop_groups": RouterCase(TIGHT | GROUPS, top_k, counts_tokens=True, weights_sum=at_most_one),
-    "reroute": RouterCase(TIGHT | {"overflow_policy": "reroute", "capacity_factor": 1.1}, top_k, counts_tokens=True),
+    "reroute": RouterCase(
+        TIGHT | {"overflow_policy": "reroute", "capacity_factor": 1.1}, top_k, counts_tokens=True, compiles=False
+    ),
     "reroute_scarce": RouterCase(
-        TIGHT | {"overflow_policy": "reroute"}, top_k, counts_tokens=True, weights_sum=one_or_none
+        TIGHT | {"overflow_policy": "reroute"}, top_k, counts_tokens=True, weights_sum=one_or_none, compiles=False
     ),
     "reroute_groups": RouterCase(
-        TIGHT | GROUPS | {"overflow_policy": "reroute"}, top_k, counts_tokens=True, weights_sum=one_or_none
+        TIGHT | GROUPS | {"overflow_policy": "reroute"},
+        top_k,
+        counts_tokens=True,
+        weights_sum=one_or_none,
+        compiles=False,
     ),
     "choice_major": RouterCase(
         TIGHT | {"capacity_order": "choice_major", "allow_noncausal_routing": True},
@@ -215,7 +223,6 @@ CASES: dict[str, RouterCase] = {
         {**STOCHASTIC, "num_experts_per_tok": 3, "router_kwargs": {"policy": "threshold", "threshold": 0.3}},
         threshold,
         weights_sum=at_most_one,
-        compiles=True,
         upcycles_exactly=False,
     ),
     "threshold_after": RouterCase(
@@ -238,6 +245,7 @@ CASES: dict[str, RouterCase] = {
         },
         segments,
         merges=True,
+        compiles=False,
     ),
     "top_p": RouterCase({"router_type": "top_p"}, top_p, weights_sum=at_most_one, upcycles_exactly=False),
     "top_p_limits": RouterCase(
@@ -272,11 +280,9 @@ CASES: dict[str, RouterCase] = {
     "expert_threshold": RouterCase(
         {"router_type": "expert_threshold"}, expert_threshold, weights_sum=at_most_one, upcycles_exactly=False
     ),
-    "load_aware": RouterCase(
-        {"router_type": "load_aware", "router_kwargs": {"strength": 0.5}}, load_aware, compiles=True
-    ),
-    "dense": RouterCase({"router_type": "dense", **EVERY}, dense, compiles=True),
-    "likelihood": RouterCase({"router_type": "dense", "output_mixture": "likelihood", **EVERY}, dense, compiles=True),
+    "load_aware": RouterCase({"router_type": "load_aware", "router_kwargs": {"strength": 0.5}}, load_aware),
+    "dense": RouterCase({"router_type": "dense", **EVERY}, dense),
+    "likelihood": RouterCase({"router_type": "dense", "output_mixture": "likelihood", **EVERY}, dense),
     "dense_margin": RouterCase({"router_type": "dense_margin", **EVERY, "router_kwargs": {"margin": 0.15}}, dense),
     "bernoulli": RouterCase(GATES, open_gates, draws=True, weights_sum=whole, upcycles_exactly=False),
     "bernoulli_reinforce": RouterCase(
@@ -303,15 +309,11 @@ CASES: dict[str, RouterCase] = {
     ),
     "pyramid": RouterCase({"num_experts_per_layer": [4, 6, 8]}, top_k),
     "widths": RouterCase(
-        {"expert_intermediate_sizes": [88, 40, 64, 24, 88, 16, 8, 48]}, top_k, compiles=True, upcycles_exactly=False
+        {"expert_intermediate_sizes": [88, 40, 64, 24, 88, 16, 8, 48]}, top_k, upcycles_exactly=False
     ),
-    "shared_sigmoid": RouterCase(
-        {"shared_expert_intermediate_size": 88, "shared_expert_gate": True}, top_k, compiles=True
-    ),
-    "residual_softmax": RouterCase(
-        {"shared_expert_intermediate_size": 88, "shared_expert_gate": "softmax"}, top_k, compiles=True
-    ),
-    "dense_before": RouterCase({"moe_dense_ffn": "before"}, top_k, compiles=True),
+    "shared_sigmoid": RouterCase({"shared_expert_intermediate_size": 88, "shared_expert_gate": True}, top_k),
+    "residual_softmax": RouterCase({"shared_expert_intermediate_size": 88, "shared_expert_gate": "softmax"}, top_k),
+    "dense_before": RouterCase({"moe_dense_ffn": "before"}, top_k),
     "dense_after_pyramid_residual": RouterCase(
         {
             "moe_dense_ffn": "after",
@@ -320,12 +322,10 @@ CASES: dict[str, RouterCase] = {
             "shared_expert_gate": "softmax",
         },
         top_k,
-        compiles=True,
     ),
     "extra_experts": RouterCase(
         {"extra_experts": ["constant", "zero", "copy", "constant"], "num_experts_per_tok": 3},
         top_k,
-        compiles=True,
         upcycles_exactly=False,
     ),
     "extra_experts_top_p": RouterCase(
@@ -338,7 +338,32 @@ CASES: dict[str, RouterCase] = {
         {"extra_experts": ["copy", "causal_convolution"], "num_experts": 4, "num_experts_per_tok": 3},
         top_k,
         refuses_cache=True,
-        compiles=True,
         upcycles_exactly=False,
     ),
 }
+
+# Of the cases that compile, those that are compiled in every run of the tests: one for each kind of router and option.
+COMPILED_ALWAYS = frozenset(
+    [
+        "top_k",
+        "groups_sigmoid",
+        "attention",
+        "multi_head",
+        "task",
+        "router_per_task",
+        "expert_groups",
+        "prefix",
+        "drop",
+        "threshold",
+        "load_aware",
+        "dense",
+        "likelihood",
+        "widths",
+        "shared_sigmoid",
+        "residual_softmax",
+        "dense_before",
+        "dense_after_pyramid_residual",
+        "extra_experts",
+        "convolution",
+    ]
+)
