@@ -318,8 +318,8 @@ class MoEConfig(PreTrainedConfig):
 
     @staticmethod
     def presets() -> dict[str, str]:
-        """The names that `from_preset` knows, each with its source and with what differs in a decoder."""
-        return {name: f"{preset.source}. In a decoder: {preset.in_a_decoder}." for name, preset in PRESETS.items()}
+        """The names that `from_preset` knows, each with its source, what differs in a decoder, and values not read there."""
+        return {name: preset.describe() for name, preset in PRESETS.items()}
 
     @classmethod
     def from_preset(cls, name: str, text_config: dict | PreTrainedConfig, **overrides) -> "MoEConfig":
