@@ -10,36 +10,43 @@ import inspect
 from functools import wraps
 
 import torch
-from torch import OutOfMemoryError, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.activations import ACT2FN
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_moe import MoEConfig, MoEError
 from .custom_code import CUSTOM_CODE  # noqa: F401 - importing it registers them
+from .dense_classes import LABEL_FIELDS, check_activation, classifier_class, decoder_class
 from .dense_mlp import activation_of, check_one_expert_reproduces, find_mlp_sites, holder_of
 from .dynamic_class import Combined, combine, put_block
 from .losses import LOSSES, loss_coefficients, reward_predictions, sum_over_ranks
+from .mixed_predictions import mix_predictions
 from .moe_block import MoEBlock, rows_are_aligned
-from .output_mixture import NOT_HERE, OutputMixture
-from .outputs import MoECausalLMOutput, MoEModelOutput, extended, mean_stats
+from .output_mixture import OutputMixture
+from .outputs import (
+    MoECausalLMOutput,
+    MoEModelOutput,
+    MoESequenceClassifierOutput,
+    MoETokenClassifierOutput,
+    extended,
+    mean_stats,
+    share_of_labels,
+)
 from .parallel_plans import expert_parallel_plan, tensor_parallel_plan, wildcard
 from .routers import ROUTERS, carries_on, check_generation, router_spec, save_custom_code, why_no_cache
 from .routing_cache import carried_by, mask_of_tokens
 from .routing_ids import extend_ids, open_experts, spread_ids, take_ids
-from .routing_pass import RoutingPass, current_routing_pass, recompute_contexts, routing_pass
-
-
-# Arguments of a head's forward that its loss alone reads.
-_LABELS = ("labels", "shift_labels", "num_items_in_batch")
+from .routing_pass import RoutingPass, current_routing_pass, document_ids_of, recompute_contexts, routing_pass
 
 
 class MoEPreTrainedModel(Combined, PreTrainedModel):
@@ -66,12 +73,12 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
             # Not by class: transformers loads the two files of a local folder into modules that share no classes.
             if getattr(config, "model_type", None) != MoEConfig.model_type:
                 raise MoEError(f"{cls.__name__} needs a MoEConfig, and got {type(config).__name__}.")
-            cls = combine(cls, _dense_class(config, cls._dense_classes()))
+            cls = combine(cls, cls._find_dense_class(config))
         return super().__new__(cls)
 
     def __init__(self, config: MoEConfig, *args, **kwargs):
         text_config = config.text_config
-        _check_activation(text_config)
+        check_activation(text_config)
         # The dense classes inside have no experts, and refuse a request for an implementation of them.
         text_config._experts_implementation_internal = "eager"
         self._dense_class.__init__(self, text_config, *args, **kwargs)
@@ -152,11 +159,13 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         super()._set_gradient_checkpointing(enable, checkpointed, every_n_layers)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; the code that defines the model goes along, for all three Auto classes."""
+        """As in transformers; the code that defines the model goes along, for all Auto classes."""
         self.config.auto_map = {
             "AutoConfig": "configuration_moe.MoEConfig",
             "AutoModel": "modeling_moe.MoEModel",
             "AutoModelForCausalLM": "modeling_moe.MoEForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_moe.MoEForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_moe.MoEForTokenClassification",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
         save_custom_code(self.config, save_directory)
@@ -180,26 +189,22 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         return output_router_logits or (self.training and wanted)
 
     def _describe_batch(self, current: RoutingPass, named: dict, ids: dict[str, torch.Tensor] | None = None) -> None:
-        tokens = named.get("input_ids")
-        tokens = named.get("inputs_embeds") if tokens is None else tokens
+        tokens = named.get("inputs_embeds") if named.get("input_ids") is None else named["input_ids"]
         if tokens is None:
             return
-        batch_size, sequence_length = current.batch_size, current.sequence_length = tokens.shape[:2]
+        shape = current.batch_size, current.sequence_length = tokens.shape[:2]
         reason, past = why_no_cache(self.config), named.get("past_key_values")
         if reason is not None and past is not None and past.get_seq_length() > 0:
             raise MoEError(reason)
         attention_mask, position_ids = named.get("attention_mask"), named.get("position_ids")
         is_plain = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
         if is_plain or (attention_mask is not None and carries_on(self.config)):
-            current.token_mask = mask_of_tokens(attention_mask, (batch_size, sequence_length), past)
-        elif attention_mask is None and position_ids is not None and position_ids.dim() == 2 and sequence_length > 1:
-            starts = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
-            row = torch.arange(batch_size, device=starts.device)[:, None] * sequence_length
-            current.document_ids = (starts.cumsum(-1) + row).reshape(-1)
+            current.token_mask = mask_of_tokens(attention_mask, shape, past)
+        elif attention_mask is None and position_ids is not None and position_ids.dim() == 2 and shape[1] > 1:
+            current.document_ids = document_ids_of(position_ids, shape)
         if carries_on(self.config) and not is_torchdynamo_compiling():
             current.carried = carried_by(past, position_ids)
         if ids is not None:
-            shape = (batch_size, sequence_length)
             current.ids = spread_ids(self.config, ids, shape, past, current.token_mask, tokens.device)
             current.open_experts = open_experts(self.config, current.ids)
 
@@ -226,40 +231,12 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         return losses or None
 
 
-def _dense_class(config: MoEConfig, mapping) -> type:
-    text_config = config.text_config
-    not_decoder = f"text_config is a {type(text_config).__name__}, which is not a decoder; give a causal LM's."
-    if text_config.is_encoder_decoder:
-        raise MoEError(not_decoder)
-    try:
-        dense = mapping[type(text_config)]
-    except KeyError:
-        raise MoEError(
-            f"transformers has no causal language model for {type(text_config).__name__} "
-            f"(model_type {text_config.model_type!r}); give the config of a dense decoder."
-        ) from None
-    dense = dense[0] if isinstance(dense, tuple) else dense
-    arguments = inspect.signature(dense.forward).parameters
-    # Some pure decoders have the field too, and do not read it; what can be an encoder takes another's states.
-    is_encoder = "encoder_hidden_states" in arguments and getattr(text_config, "is_decoder", True) is False
-    if is_encoder or "decoder_input_ids" in arguments:
-        raise MoEError(not_decoder)
-    return dense
-
-
-def _check_activation(text_config: PreTrainedConfig) -> None:
-    for name in ("hidden_act", "hidden_activation", "activation_function"):
-        value = getattr(text_config, name, None)
-        if isinstance(value, str) and value not in ACT2FN:
-            raise MoEError(f"{name} of text_config is {value!r}; it must be one of {sorted(ACT2FN)}.")
-
-
 class MoEModel(MoEPreTrainedModel):
     """The decoder without a head. Its forward has the dense model's arguments, and `output_router_logits`."""
 
     @staticmethod
-    def _dense_classes():
-        return MODEL_MAPPING
+    def _find_dense_class(config: MoEConfig) -> type:
+        return decoder_class(config.text_config, MODEL_MAPPING)
 
     def forward(self, *args, **kwargs):
         """Run the dense model's forward; with recording, add the router logits and losses to its output."""
@@ -290,12 +267,64 @@ class MoEModel(MoEPreTrainedModel):
         return outputs if return_dict else outputs.to_tuple()
 
 
-class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
+class _MoEWithHead(MoEPreTrainedModel):
+    """A decoder with a head that knows a loss, to which the router losses are added."""
+
+    _output_class: type = MoECausalLMOutput
+    _predicts_tokens = False
+
+    def run_dense(self, named: dict):
+        """The dense model's own forward, with arguments by name."""
+        return super().forward(**named, return_dict=True)
+
+    def forward(self, *args, **kwargs):
+        """Run the dense model's forward; in training add the weighted router losses to its loss, once.
+
+        With `num_items_in_batch` (the labels of a whole accumulated batch) the router losses are weighted by this
+        micro-batch's share of those labels, as the language-modelling loss is.
+        """
+        named = self._named_arguments(args, kwargs)
+        return_dict = self._take_flag(named, "return_dict")
+        output_router_logits = self._take_flag(named, "output_router_logits")
+        ids = take_ids(self.config, named)
+        mixture = OutputMixture() if self._predicts_tokens and self.config.output_mixture else None
+        record = self._wants_record(output_router_logits)
+        with routing_pass(RoutingPass(record=record, mixture=mixture)) as current:
+            # Some heads call the decoder inside the base model, which then does not describe the batch itself.
+            self._describe_batch(current, named, ids)
+            outputs = self.run_dense(named) if mixture is None else mix_predictions(self, named, mixture)
+        current.keep_carry(outputs)
+        if self.training and self.config.router_loss_coefs.get("policy_gradient_loss"):
+            reward_predictions(current.layers, outputs.logits, named.get("labels"), named.get("shift_labels"))
+        loss, aux_loss = outputs.loss, None
+        router_losses = self._router_losses(current, output_router_logits)
+        if router_losses is not None:
+            coefficients = loss_coefficients(self.config)
+            aux_loss = sum(coefficients[name] * loss for name, loss in router_losses.items())
+            if self.training:
+                aux_loss = aux_loss * share_of_labels(named, aux_loss.dtype)
+                if loss is not None:
+                    loss = loss + aux_loss.to(loss.device, loss.dtype)
+        outputs = extended(
+            self._output_class,
+            outputs,
+            loss=loss,
+            aux_loss=aux_loss,
+            router_logits=tuple(layer.router_logits for layer in current.layers) if output_router_logits else None,
+            router_losses=router_losses,
+            router_stats=mean_stats(current.layers),
+        )
+        return outputs if return_dict else outputs.to_tuple()
+
+
+class MoEForCausalLM(_MoEWithHead, GenerationMixin):
     """The decoder with its language-modelling head; the dense model's arguments, and `output_router_logits`."""
 
+    _predicts_tokens = True
+
     @staticmethod
-    def _dense_classes():
-        return MODEL_FOR_CAUSAL_LM_MAPPING
+    def _find_dense_class(config: MoEConfig) -> type:
+        return decoder_class(config.text_config, MODEL_FOR_CAUSAL_LM_MAPPING)
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
@@ -308,86 +337,65 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             outputs, model_kwargs, *args, num_new_tokens=num_new_tokens, **kwargs
         )
 
-    def _run_dense(self, named: dict):
-        return super().forward(**named, return_dict=True)
 
-    def _mix_predictions(self, named: dict, mixture: OutputMixture):
-        """The dense model's output, with the logits of the mixture of the last layer's experts and their loss."""
-        rest = {name: value for name, value in named.items() if name not in (*_LABELS, "logits_to_keep")}
-        try:
-            outputs = self._run_dense(rest)
-        except RuntimeError as error:
-            if mixture.log_weights is None or mixture.hidden_states is not None or isinstance(error, OutOfMemoryError):
-                raise
-            raise MoEError(NOT_HERE) from error  # the dense layer could not hold (E, B, S, D)
-        if mixture.hidden_states is None:
-            raise MoEError(NOT_HERE)
+class _MoEClassifier(_MoEWithHead):
+    """A decoder with a classifier's head: the dense family's own, or transformers' generic one."""
 
-        def head(states: torch.Tensor) -> torch.Tensor:
-            tokens = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-            with routing_pass(RoutingPass(replay=mixture.ending_with(states))):
-                return self._run_dense({"input_ids": tokens, "use_cache": False}).logits
+    # The dense heads average over a micro-batch and take no num_items_in_batch: Trainer has to divide by accumulation.
+    accepts_loss_kwargs = False
+    _label_mapping = None
+    _generic_head: type
 
-        outputs["logits"] = mixture.logits(head, self.config.vocab_size, named.get("logits_to_keep", 0))
-        if named.get("labels") is not None:
-            labels = {name: named[name] for name in _LABELS if named.get(name) is not None}
-            outputs["loss"] = self.loss_function(logits=outputs["logits"], vocab_size=self.config.vocab_size, **labels)
-        return outputs
+    @classmethod
+    def _find_dense_class(cls, config: MoEConfig) -> type:
+        decoder_class(config.text_config, MODEL_FOR_CAUSAL_LM_MAPPING)  # refuses what is no decoder
+        dense = classifier_class(config.text_config, cls._label_mapping, cls._generic_head)
+        if "decoder_input_ids" in inspect.signature(dense.forward).parameters:
+            raise MoEError(f"{dense.__name__} of transformers reads an encoder too, and MoEForCausalLM is a decoder.")
+        return dense
 
-    def forward(self, *args, **kwargs):
-        """Run the dense model's forward; in training add the weighted router losses to its loss, once.
-
-        With `num_items_in_batch` (the labels of a whole accumulated batch) the router losses are weighted by this
-        micro-batch's share of those labels, as the language-modelling loss is.
-        """
-        named = self._named_arguments(args, kwargs)
-        return_dict = self._take_flag(named, "return_dict")
-        output_router_logits = self._take_flag(named, "output_router_logits")
-        ids = take_ids(self.config, named)
-        mixture = None if self.config.output_mixture is None else OutputMixture()
-        record = self._wants_record(output_router_logits)
-        with routing_pass(RoutingPass(record=record, mixture=mixture)) as current:
-            # Some heads call the decoder inside the base model, which then does not describe the batch itself.
-            self._describe_batch(current, named, ids)
-            outputs = self._run_dense(named) if mixture is None else self._mix_predictions(named, mixture)
-        current.keep_carry(outputs)
-        if self.training and self.config.router_loss_coefs.get("policy_gradient_loss"):
-            reward_predictions(current.layers, outputs.logits, named.get("labels"), named.get("shift_labels"))
-        loss, aux_loss = outputs.loss, None
-        router_losses = self._router_losses(current, output_router_logits)
-        if router_losses is not None:
-            coefficients = loss_coefficients(self.config)
-            aux_loss = sum(coefficients[name] * loss for name, loss in router_losses.items())
-            if self.training:
-                aux_loss = aux_loss * _share_of_labels(named, aux_loss.dtype)
-                if loss is not None:
-                    loss = loss + aux_loss.to(loss.device, loss.dtype)
-        outputs = extended(
-            MoECausalLMOutput,
-            outputs,
-            loss=loss,
-            aux_loss=aux_loss,
-            router_logits=tuple(layer.router_logits for layer in current.layers) if output_router_logits else None,
-            router_losses=router_losses,
-            router_stats=mean_stats(current.layers),
-        )
-        return outputs if return_dict else outputs.to_tuple()
+    def __init__(self, config: MoEConfig, *args, **kwargs):
+        if config.router_loss_coefs.get("policy_gradient_loss"):
+            raise MoEError(
+                "policy_gradient_loss rewards predicted tokens, and a classifier predicts none: leave it out."
+            )
+        for name in LABEL_FIELDS:
+            setattr(config.text_config, name, getattr(config, name))
+        if not hasattr(config, "pad_token_id"):
+            config.pad_token_id = None  # heads ask for it, and some families have no such field
+        super().__init__(config, *args, **kwargs)
 
 
-def _share_of_labels(named: dict, dtype: torch.dtype) -> torch.Tensor | float:
-    """This micro-batch's labels over `num_items_in_batch`; 1 when that is not given."""
-    num_items = named.get("num_items_in_batch")
-    labels, shift_labels = named.get("labels"), named.get("shift_labels")
-    if num_items is None or (labels is None and shift_labels is None):
-        return 1.0
-    labels = labels[..., 1:] if shift_labels is None else shift_labels
-    count = (labels != -100).sum().to(dtype)
-    return count / (num_items.to(count.device) if isinstance(num_items, torch.Tensor) else num_items)
+class MoEForSequenceClassification(_MoEClassifier):
+    """The decoder with a head that gives each sequence one of `config.num_labels` labels, read at its last token."""
+
+    _output_class = MoESequenceClassifierOutput
+    _label_mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    _generic_head = GenericForSequenceClassification
+
+
+class MoEForTokenClassification(_MoEClassifier):
+    """The decoder with a head that gives each token one of `config.num_labels` labels."""
+
+    _output_class = MoETokenClassifierOutput
+    _label_mapping = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    _generic_head = GenericForTokenClassification
 
 
 # A saved model carries this code, and so does one that was loaded with it.
 MoEConfig.register_for_auto_class()
 MoEModel.register_for_auto_class("AutoModel")
 MoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+MoEForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+MoEForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
-__all__ = ["MoECausalLMOutput", "MoEConfig", "MoEForCausalLM", "MoEModel", "MoEModelOutput", "MoEPreTrainedModel"]
+__all__ = [
+    "MoECausalLMOutput",
+    "MoEConfig",
+    "MoEForCausalLM",
+    "MoEForSequenceClassification",
+    "MoEForTokenClassification",
+    "MoEModel",
+    "MoEModelOutput",
+    "MoEPreTrainedModel",
+]

@@ -6,7 +6,12 @@ Letters: T tokens, E experts.
 from dataclasses import dataclass, fields
 
 import torch
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 
 from .losses import LayerRouting
 
@@ -42,7 +47,37 @@ class MoECausalLMOutput(MoeCausalLMOutputWithPast):
     router_stats: dict[str, torch.Tensor] | None = None
 
 
-OUTPUTS = (MoEModelOutput, MoECausalLMOutput)
+@dataclass
+class MoESequenceClassifierOutput(SequenceClassifierOutputWithPast):
+    """Output of [`MoEForSequenceClassification`].
+
+    Args:
+        loss (`torch.Tensor`): the loss of the labels; in training plus `aux_loss`.
+        aux_loss (`torch.Tensor`): as in [`MoECausalLMOutput`], and so are the router's other fields.
+    """
+
+    aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    router_losses: dict[str, torch.Tensor] | None = None
+    router_stats: dict[str, torch.Tensor] | None = None
+
+
+@dataclass
+class MoETokenClassifierOutput(TokenClassifierOutput):
+    """Output of [`MoEForTokenClassification`].
+
+    Args:
+        loss (`torch.Tensor`): the loss of the labels; in training plus `aux_loss`.
+        aux_loss (`torch.Tensor`): as in [`MoECausalLMOutput`], and so are the router's other fields.
+    """
+
+    aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    router_losses: dict[str, torch.Tensor] | None = None
+    router_stats: dict[str, torch.Tensor] | None = None
+
+
+OUTPUTS = (MoEModelOutput, MoECausalLMOutput, MoESequenceClassifierOutput, MoETokenClassifierOutput)
 _KNOWN_FIELDS = {cls: frozenset(f.name for f in fields(cls)) for cls in OUTPUTS}
 
 
@@ -61,3 +96,14 @@ def mean_stats(layers: list[LayerRouting]) -> dict[str, torch.Tensor] | None:
     stats = [layer.routing.stats for layer in layers]
     values = {name: [s[name] for s in stats if name in s] for name in sorted({name for s in stats for name in s})}
     return {name: torch.stack([v.to(of[0].device) for v in of]).mean() for name, of in values.items()} or None
+
+
+def share_of_labels(named: dict, dtype: torch.dtype) -> torch.Tensor | float:
+    """This micro-batch's labels over `num_items_in_batch`; 1 when that is not given."""
+    num_items = named.get("num_items_in_batch")
+    labels, shift_labels = named.get("labels"), named.get("shift_labels")
+    if num_items is None or (labels is None and shift_labels is None):
+        return 1.0
+    labels = labels[..., 1:] if shift_labels is None else shift_labels
+    count = (labels != -100).sum().to(dtype)
+    return count / (num_items.to(count.device) if isinstance(num_items, torch.Tensor) else num_items)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import CompileableContextVar
 
@@ -89,6 +90,18 @@ class RoutingPass:
         if self.document_ids is not None:
             return self.document_ids
         return torch.arange(num_tokens, device=device) // self.sequence_length
+
+
+def document_ids_of(position_ids: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """A number for each token, (T,): equal for neighbours whose positions go on, so in one document of a packed row.
+
+    Args:
+        position_ids (`torch.Tensor`): (B, S), or (1, S) for all rows.
+        shape (`tuple[int, int]`): B and S.
+    """
+    starts = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
+    row = torch.arange(shape[0], device=starts.device)[:, None] * shape[1]
+    return (starts.cumsum(-1) + row).reshape(-1)
 
 
 _ROUTING_PASS = CompileableContextVar("moe_hf_routing_pass")
