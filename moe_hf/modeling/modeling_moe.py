@@ -93,8 +93,8 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         if requested is None and not rows_are_aligned(base_model):
             config._experts_implementation_internal = "eager"
         self._adopt_submodels(base_model)
-        if carries_on(config):
-            self._can_compile_fullgraph = False  # generate would compile steps that cannot keep what routers carry on
+        # Compiled steps, which generate would make of static caches, cannot keep what routers carry on.
+        self._can_compile_fullgraph &= not carries_on(config)
         self.post_init()
 
     def _install_blocks(self, base_model: nn.Module) -> None:
@@ -189,8 +189,7 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         return output_router_logits or (self.training and wanted)
 
     def _describe_batch(self, current: RoutingPass, named: dict, ids: dict[str, torch.Tensor] | None = None) -> None:
-        tokens = named.get("inputs_embeds") if named.get("input_ids") is None else named["input_ids"]
-        if tokens is None:
+        if (tokens := named.get("inputs_embeds") if named.get("input_ids") is None else named["input_ids"]) is None:
             return
         shape = current.batch_size, current.sequence_length = tokens.shape[:2]
         reason, past = why_no_cache(self.config), named.get("past_key_values")
