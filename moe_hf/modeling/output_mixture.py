@@ -64,7 +64,9 @@ class OutputMixture:
 
     def ending_with(self, hidden_states: torch.Tensor, past_key_values: Any = None) -> ModelOutput:
         """The decoder's output with other last hidden states, for a head to read."""
-        changed = {"last_hidden_state": hidden_states, "past_key_values": past_key_values}
+        changed = {"last_hidden_state": hidden_states}
+        if "past_key_values" in self.outputs:
+            changed["past_key_values"] = past_key_values
         return type(self.outputs)(**{**self.outputs, **changed})
 
     def _mean(self, states: torch.Tensor) -> torch.Tensor:

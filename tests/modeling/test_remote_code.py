@@ -31,7 +31,12 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize(
-    ("family", "fields"), [("llama", {"balance_strategy": "bias", "router_arch": "cosine"}), ("opt", {})]
+    ("family", "fields"),
+    [
+        ("llama", {"balance_strategy": "bias", "router_arch": "cosine"}),
+        ("opt", {"routing_level": "prefix", "moe_dense_ffn": "after"}),
+        ("qwen3", {"router_type": "dense", "num_experts_per_tok": 4, "output_mixture": "likelihood"}),
+    ],
 )
 def test_code_travels_with_the_model(family, fields, tmp_path):
     model = upcycle(tiny_dense(family), num_experts=4, noise=0.3, **fields)
