@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "CapacitySchedule": "moe_hf.trainer",
     "CapacityScheduleCallback": "moe_hf.trainer",
+    "DomainMixture": "moe_hf.domain_mixture",
     "ExpertBalanceCallback": "moe_hf.trainer",
     "ExpertDropoutCallback": "moe_hf.trainer",
     "ExpertScores": "moe_hf.finetuning",
@@ -58,6 +59,7 @@ _MODULES = {
     "upcycle": "moe_hf.upcycling",
     "upcycle_checkpoint": "moe_hf.streaming",
     "update_correction_bias": "moe_hf.trainer",
+    "update_router_state": "moe_hf.trainer",
     "verify": "moe_hf.upcycling",
 }
 __all__ = list(_MODULES)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import convolution_expert  # noqa: F401 - importing it registers the expert
-from moe_hf import MoEConfig, MoEForCausalLM
+from examples import convolution_expert, load_aware_router  # noqa: F401 - importing registers them
+from moe_hf import MoEConfig, MoEForCausalLM, update_router_state
 from tests.tiny_models import random_ids, tiny_config, tiny_dense
 
 
@@ -100,6 +100,14 @@ def test_10_chosen_experts_learn_and_their_deltas_merge():
     assert rows["base with deltas merged"] == rows["chosen experts trained"]
     chosen, of = map(int, re.search(r"chosen: (\d+) of (\d+)", output).groups())
     assert 0 < chosen < of / 2 and int(re.search(r"deltas: (\d+)%", output).group(1)) < 100 * chosen / of
+
+
+def test_the_load_aware_router_follows_the_load():
+    assert run("load_aware_router.py") == ""
+    model = MoEForCausalLM(MoEConfig(text_config=tiny_config("llama"), num_experts=4, router_type="load_aware"))
+    model.train()(random_ids())
+    update_router_state(model)
+    assert all(layer.mlp.gate.surplus.abs().max() > 0 for layer in model.model.layers)
 
 
 def test_the_convolution_expert_can_be_chosen():

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
-from moe_hf.modeling.moe_block import Router
+from moe_hf.modeling.router import Router
 from moe_hf.modeling.routing import wide
 from moe_hf.router_outputs import find_routers, real_choices
 from moe_hf.upcycling.router_init.entropy import mean_entropy

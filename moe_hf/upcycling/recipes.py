@@ -145,13 +145,21 @@ def block_tensors(
                 start += rows
         tensors[f"experts.{name}"] = BlockTensor((len(recipes), *shape), tuple(slots))
     if shared is not None:
-        projections = ("gate", "up", "down") if site.gated else ("up", "down")
-        shapes = _piece_shapes(site, config.shared_expert_intermediate_size)
-        for kind, ending in (("weight", ""), ("bias", "_bias")) if site.has_bias else (("weight", ""),):
-            for projection in projections:
-                shape = shapes[projection + ending]
-                slot = Slot(0, shape[0], projection + ending, shared)
-                tensors[f"shared_expert.{projection}_proj.{kind}"] = BlockTensor(shape, (slot,))
+        tensors |= _dense_mlp("shared_expert", shared, config.shared_expert_intermediate_size, site)
+    if config.moe_dense_ffn is not None:
+        silent = ExpertRecipe(output_scale=0.0, bias_scale=0.0)
+        tensors |= _dense_mlp("dense_ffn", silent, site.intermediate_size, site)
+    return tensors
+
+
+def _dense_mlp(part: str, recipe: ExpertRecipe, width: int, site: MLPSite) -> dict[str, BlockTensor]:
+    """The tensors of one MLP that stands beside the routed experts."""
+    shapes, tensors = _piece_shapes(site, width), {}
+    for kind, ending in (("weight", ""), ("bias", "_bias")) if site.has_bias else (("weight", ""),):
+        for projection in ("gate", "up", "down") if site.gated else ("up", "down"):
+            shape = shapes[projection + ending]
+            slot = Slot(0, shape[0], projection + ending, recipe)
+            tensors[f"{part}.{projection}_proj.{kind}"] = BlockTensor(shape, (slot,))
     return tensors
 
 

@@ -5,7 +5,8 @@ import torch
 
 from moe_hf import MoEConfig, MoEError, MoEForCausalLM, upcycle
 from moe_hf.modeling.losses import loss_coefficients
-from moe_hf.modeling.moe_block import Router, RoutingPass
+from moe_hf.modeling.router import Router
+from moe_hf.modeling.routing_pass import RoutingPass
 from tests.modeling.decided import decided
 from tests.tiny_models import random_ids, tiny_config, tiny_dense
 

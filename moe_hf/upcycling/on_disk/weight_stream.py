@@ -135,7 +135,9 @@ class WeightStream:
             return {}
         learned = [activation.state_dict() for activation in activations]
         mean = {name: average([state[name] for state in learned]) for name in learned[0]}
-        return {f"{part}.act_fn.{name}": mean[name] for part in ("experts", "shared_expert") for name in mean}
+        return {
+            f"{part}.act_fn.{name}": mean[name] for part in ("experts", "shared_expert", "dense_ffn") for name in mean
+        }
 
     def _write_block(self, file: FileWriter, block: str, names: list[str], pool: ThreadPoolExecutor) -> None:
         of_slots, small = self._describe(block)
