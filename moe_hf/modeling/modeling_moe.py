@@ -29,7 +29,7 @@ from .custom_code import CUSTOM_CODE  # noqa: F401 - importing it registers them
 from .dense_classes import LABEL_FIELDS, check_activation, classifier_class, decoder_class
 from .dense_mlp import activation_of, check_one_expert_reproduces, find_mlp_sites, holder_of
 from .dynamic_class import Combined, combine, put_block
-from .losses import LOSSES, loss_coefficients, reward_predictions, sum_over_ranks
+from .losses import loss_coefficients, reward_predictions
 from .mixed_predictions import mix_predictions
 from .moe_block import MoEBlock, rows_are_aligned
 from .output_mixture import OutputMixture
@@ -39,6 +39,7 @@ from .outputs import (
     MoESequenceClassifierOutput,
     MoETokenClassifierOutput,
     extended,
+    losses_by_name,
     mean_stats,
     share_of_labels,
 )
@@ -207,28 +208,6 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
             current.ids = spread_ids(self.config, ids, shape, past, current.token_mask, tokens.device)
             current.open_experts = open_experts(self.config, current.ids)
 
-    def _router_losses(self, current: RoutingPass, report: bool) -> dict[str, torch.Tensor] | None:
-        """Unweighted losses by name, each the mean over the MoE layers; None when nothing was recorded.
-
-        Those with a coefficient above 0, and with `report` every loss that the configuration names.
-        """
-        layers = current.layers
-        if not current.record or not layers:
-            return None
-        is_step = self.training and torch.is_grad_enabled()
-        if is_step and self.config.balance_loss_scope == "global_batch":
-            counts = [layer.choice_counts() if layer.step_counts is None else layer.step_counts for layer in layers]
-            for layer, total in zip(layers, sum_over_ranks(counts), strict=True):
-                layer.global_counts = total
-        losses, device = {}, layers[0].router_logits.device
-        for name, coefficient in loss_coefficients(self.config).items():
-            if coefficient > 0 or report:
-                values = [LOSSES[name](layer) for layer in layers]
-                values = [value.to(device) for value in values if value is not None]
-                if values:
-                    losses[name] = torch.stack(values).mean()
-        return losses or None
-
 
 class MoEModel(MoEPreTrainedModel):
     """The decoder without a head. Its forward has the dense model's arguments, and `output_router_logits`."""
@@ -260,7 +239,7 @@ class MoEModel(MoEPreTrainedModel):
             MoEModelOutput,
             outputs,
             router_logits=tuple(layer.router_logits for layer in current.layers) if output_router_logits else None,
-            router_losses=self._router_losses(current, output_router_logits),
+            router_losses=losses_by_name(current, self.config, self.training, output_router_logits),
             router_stats=mean_stats(current.layers),
         )
         return outputs if return_dict else outputs.to_tuple()
@@ -296,7 +275,7 @@ class _MoEWithHead(MoEPreTrainedModel):
         if self.training and self.config.router_loss_coefs.get("policy_gradient_loss"):
             reward_predictions(current.layers, outputs.logits, named.get("labels"), named.get("shift_labels"))
         loss, aux_loss = outputs.loss, None
-        router_losses = self._router_losses(current, output_router_logits)
+        router_losses = losses_by_name(current, self.config, self.training, output_router_logits)
         if router_losses is not None:
             coefficients = loss_coefficients(self.config)
             aux_loss = sum(coefficients[name] * loss for name, loss in router_losses.items())
