@@ -33,7 +33,9 @@ def test_every_shipped_recipe_parses(path, tmp_path):
     classes = PRETRAIN if path.stem.startswith("pretrain") else FINETUNE
     first, data, training = MoEArgumentParser(classes).parse(["--config", str(path), "--output_dir", str(tmp_path)])
     assert data.dataset == "builtin" and training.max_steps > 0 and training.learning_rate > 0
-    assert training.scope == {"finetune_moe": "moe", "finetune_all": "all"}.get(path.stem)
+    assert training.scope == {"finetune_moe": "moe", "finetune_all": "all", "finetune_expert_lora": "expert_lora"}.get(
+        path.stem
+    )
     assert find_recipe(path.stem) == find_recipe(path.name) == path
 
 
