@@ -114,3 +114,11 @@ def test_the_convolution_expert_can_be_chosen():
     assert run("convolution_expert.py") == ""
     config = MoEConfig(text_config=tiny_config("llama"), num_experts=4, extra_experts=["causal_convolution"])
     assert torch.isfinite(MoEForCausalLM(config)(random_ids()).logits).all()
+
+
+def test_11_adapters_lower_the_loss_and_peft_and_the_merged_model_agree():
+    output = run("11_expert_lora.py")
+    losses = [float(loss) for loss in re.findall(r"step .*: (\S+) nats", output)]
+    assert losses[-1] < losses[0]
+    assert float(re.search(r"PEFT's logits differ by (\S+)", output).group(1)) <= 1e-5
+    assert float(re.search(r"merged model's by (\S+)", output).group(1)) <= 1e-5

@@ -39,7 +39,8 @@ def test_every_shipped_recipe_parses(path, tmp_path):
     classes = PRETRAIN if path.stem.startswith("pretrain") else FINETUNE
     first, data, training = MoEArgumentParser(classes).parse(["--config", str(path), "--output_dir", str(tmp_path)])
     assert data.dataset.startswith("builtin") and training.max_steps > 0 and training.learning_rate > 0
-    assert training.scope in ("moe", "all", None) and (training.scope is None) == path.stem.startswith("pretrain")
+    assert training.scope in ("moe", "all", "expert_lora", None)
+    assert (training.scope is None) == path.stem.startswith("pretrain")
     assert find_recipe(path.stem) == find_recipe(path.name) == path
 
 
