@@ -6,6 +6,7 @@ In several processes it takes a layout: --fsdp_size, --ep_size, --tp_size, --dp_
 """
 
 from moe_hf.trainer.arguments import DataArguments, FinetuneArguments, ModelArguments, MoEArgumentParser
+from moe_hf.trainer.comparison import train_beside_control
 from moe_hf.trainer.programs import (
     given_dtype,
     load_checkpoint,
@@ -22,10 +23,16 @@ def main() -> None:
     parser = MoEArgumentParser((ModelArguments, DataArguments, FinetuneArguments), description=__doc__)
     model_args, data_args, training_args = parser.parse()
     prepare_run(training_args)
-    model, tokenizer = load_checkpoint(model_args, training_args)
-    saved_in, documents = given_dtype(model_args, training_args), load_documents(data_args)
-    trainer = make_trainer(model, tokenizer, training_args, data_args, documents, given_dtype=saved_in)
-    train_and_save(trainer)
+    documents = load_documents(data_args)
+    saved_in = given_dtype(model_args, training_args)
+
+    def load(args):
+        return load_checkpoint(args, training_args)
+
+    def train_one(model, tokenizer, args):
+        return train_and_save(make_trainer(model, tokenizer, args, data_args, documents, given_dtype=saved_in))
+
+    train_beside_control(model_args, training_args, load, train_one)
 
 
 if __name__ == "__main__":

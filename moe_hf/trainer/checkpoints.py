@@ -13,11 +13,13 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
+from moe_hf.finetuning.expert_deltas import DELTAS_NAME, load_expert_deltas
+from moe_hf.finetuning.lora_files import LORA_NAME, load_expert_lora
 from moe_hf.saving import check_shard_index, publish_folder, temporary_sibling, verify_manifest
 from moe_hf.trainer.layouts import is_sharded
 from moe_hf.trainer.optimizer_states import has_state
@@ -131,13 +133,32 @@ def read_weights(model: PreTrainedModel, folder: str | Path, **kwargs) -> PreTra
     return loaded
 
 
+def load_part_(model: nn.Module, folder: str | Path) -> bool:
+    """Load a checkpoint that has the trained part alone: chosen experts, or adapters of experts.
+
+    Returns:
+        whether it is one; all processes call it.
+
+    Raises:
+        MoEError: it belongs to another base model or another choice of experts.
+    """
+    if (Path(folder) / DELTAS_NAME).is_file():
+        load_expert_deltas(model, folder)
+        return True
+    if (Path(folder) / LORA_NAME).is_file():
+        load_expert_lora(model, folder)
+        return True
+    return False
+
+
 def load_weights_(model: PreTrainedModel, folder: str | Path) -> None:
     """Load all weights of `folder` into `model`, which has them whole.
 
     Raises:
         MoEError: weights are missing, left over or of another shape; `model` is then unchanged.
     """
-    model.load_state_dict(read_weights(model, folder).state_dict(), strict=True)
+    if not load_part_(model, folder):
+        model.load_state_dict(read_weights(model, folder).state_dict(), strict=True)
 
 
 @torch.no_grad()
@@ -228,3 +249,13 @@ def weights_at_hand(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> It
     finally:
         for name in shadowed:
             delattr(model, name)
+
+
+@contextmanager
+def saving_allowed(args: TrainingArguments) -> Iterator[None]:
+    """Trainer refuses to checkpoint a model that was sharded when it was loaded; this one can."""
+    asked, args.save_only_model = args.save_only_model, True
+    try:
+        yield
+    finally:
+        args.save_only_model = asked

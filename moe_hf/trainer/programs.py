@@ -15,15 +15,20 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.distributed import DistributedConfig
 
+from moe_hf.augmentation import augment
 from moe_hf.data import check_packing, load_text, split_by_document, tokenize_and_pack, train_tokenizer
 from moe_hf.errors import MoEError
+from moe_hf.library_tasks import LIBRARY_TASKS, library_task
 from moe_hf.metrics import LanguageModelMetrics, token_statistics
 from moe_hf.modeling.configuration_moe import MoEConfig
+from moe_hf.modeling.routing_ids import ID_ARGUMENTS
 from moe_hf.trainer.arguments import ConfigArguments, DataArguments, ModelArguments, MoETrainingArguments
 from moe_hf.trainer.checkpoints import agree, choose_checkpoint, list_checkpoints
 from moe_hf.trainer.layouts import check_config, check_launch, describe_layout
 from moe_hf.trainer.moe_trainer import FINAL_FOLDER, MoETrainer
+from moe_hf.upcycling import upcycle
 
 
 def run_program(main: Callable[[], None]) -> None:
@@ -37,7 +42,10 @@ def run_program(main: Callable[[], None]) -> None:
 
 def load_documents(args: DataArguments) -> tuple[Dataset, Dataset]:
     """Return the `(train, held_out)` documents that `args` describe."""
-    documents = load_text(args.dataset, split=args.dataset_split, text_column=args.text_column)
+    if args.dataset in LIBRARY_TASKS:
+        documents = _text_of(library_task(args.dataset), args.dataset)
+    else:
+        documents = load_text(args.dataset, split=args.dataset_split, text_column=args.text_column)
     if args.domains:
         known = sorted(set(documents["domain"]))
         unknown = [name for name in args.domains if name not in known]
@@ -45,7 +53,28 @@ def load_documents(args: DataArguments) -> tuple[Dataset, Dataset]:
             raise MoEError(f"No domain {unknown[0]!r} in {args.dataset!r}; it has {', '.join(known)}.")
         wanted = set(args.domains)
         documents = documents.select([i for i, name in enumerate(documents["domain"]) if name in wanted])
-    return split_by_document(documents, args.held_out_share, args.split_seed)
+    if args.ids_from_domain is not None:
+        documents = _with_domain_ids(documents, args.ids_from_domain)
+    train, held_out = split_by_document(documents, args.held_out_share, args.split_seed)
+    return augment(train, args.augment or (), args.split_seed), held_out
+
+
+def _text_of(documents: Dataset, name: str) -> Dataset:
+    if "text" not in documents.column_names:
+        raise MoEError(
+            f"{name!r} has no column of text, which this program trains on; see the recipes for its program."
+        )
+    return documents
+
+
+def _with_domain_ids(documents: Dataset, name: str) -> Dataset:
+    if name not in ID_ARGUMENTS:
+        raise MoEError(f"ids_from_domain={name!r}: choose {', '.join(ID_ARGUMENTS)}.")
+    domains = sorted(set(documents["domain"]))
+    print(f"{name}: " + ", ".join(f"{i} {domain}" for i, domain in enumerate(domains)))
+    if name in documents.column_names:
+        documents = documents.remove_columns(name)
+    return documents.add_column(name, [domains.index(domain) for domain in documents["domain"]])
 
 
 def training_blocks(documents: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Dataset:
@@ -76,11 +105,12 @@ def _at_most(blocks: Dataset, max_tokens: int | None, block_size: int) -> Datase
 
 
 def load_checkpoint(
-    args: ModelArguments, training_args: MoETrainingArguments
+    args: ModelArguments, training_args: MoETrainingArguments | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model and the tokenizer that `args` name; in a layout each process reads its part of the model.
+    """Load the model and the tokenizer that `args` name; with `args.upcycle` the model becomes a MoE.
 
-    A sharded model that gets float32 masters is loaded in float32: `given_dtype` says what it is saved in.
+    In a layout each process reads its part of the model. One that gets float32 masters is loaded in float32:
+    `given_dtype` says what it is saved in. A model that becomes a MoE here is whole on each process first.
     """
     if args.model is None:
         raise MoEError("No model: set `model` in the recipe, or --model, to a folder or a Hub id.")
@@ -91,7 +121,7 @@ def load_checkpoint(
     common = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     chosen = {"attn_implementation": args.attn_implementation, "experts_implementation": args.experts_implementation}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    layout, dtype = training_args.layout(), args.dtype
+    layout, dtype = _layout_of_loading(args, training_args), args.dtype
     if layout is not None:
         chosen["distributed_config"] = layout
         dtype = "float32" if training_args.scope is not None and training_args.fp32_masters else dtype
@@ -109,12 +139,18 @@ def load_checkpoint(
         raise MoEError(
             f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size}. Give the model's own tokenizer."
         )
+    if args.upcycle is not None:
+        model = upcycle(model, **({"tokenizer": tokenizer} | args.upcycle))
     return model, tokenizer
+
+
+def _layout_of_loading(args: ModelArguments, training_args: MoETrainingArguments | None) -> DistributedConfig | None:
+    return None if training_args is None or args.upcycle else training_args.layout()
 
 
 def given_dtype(args: ModelArguments, training_args: MoETrainingArguments) -> torch.dtype | None:
     """The dtype in which a checkpoint that is loaded in parts is saved again; None where the parameters tell."""
-    if training_args.layout() is None:
+    if _layout_of_loading(args, training_args) is None:
         return None
     if args.dtype != "auto":
         return getattr(torch, args.dtype)
@@ -167,14 +203,16 @@ def make_trainer(
     data: DataArguments,
     documents: tuple[Dataset, Dataset],
     *,
+    trainer_class: type[MoETrainer] = MoETrainer,
     only_evaluate: bool = False,
     given_dtype: torch.dtype | None = None,
+    **kwargs,
 ) -> MoETrainer:
-    """Pack `(train, held_out)` documents and build the trainer with its metrics; `given_dtype` is `MoETrainer`'s."""
+    """Pack `(train, held_out)` documents and build the trainer with its metrics; it gets the rest too."""
     if data.packed:
         check_packing(model)
     train, held_out = documents
-    return MoETrainer(
+    return trainer_class(
         model,
         args,
         train_dataset=None if only_evaluate else training_blocks(train, tokenizer, data),
@@ -183,6 +221,7 @@ def make_trainer(
         given_dtype=given_dtype,
         compute_metrics=LanguageModelMetrics(),
         preprocess_logits_for_metrics=token_statistics,
+        **kwargs,
     )
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,12 +26,14 @@ from moe_hf.trainer import optimizer_states
 from moe_hf.trainer.checkpoint_writer import CheckpointWriter, Write, together
 from moe_hf.trainer.checkpoints import (
     agree,
+    load_part_,
     load_shards_,
     load_weights_,
     plain_class,
     prepare_folder,
     publish,
     read_weights,
+    saving_allowed,
     shared_folder,
     weights_at_hand,
 )
@@ -64,8 +66,8 @@ class ResumableTrainer(Trainer):
         model = _place(model, layout, args)
         self._writer = CheckpointWriter(background=getattr(args, "async_save", False))
         self._wrapped_names: tuple[str, ...] | None = None
-        with _saving_allowed(args) if is_sharded(model) else nullcontext():
-            super().__init__(model, args, **kwargs)
+        with saving_allowed(args) if is_sharded(model) else nullcontext():
+            super().__init__(model=model, args=args, **kwargs)
         self._refuse_unsupported()
         self._tell_batches_apart()
         if self.is_deepspeed_enabled and any(not p.requires_grad for p in model.parameters()):
@@ -185,10 +187,19 @@ class ResumableTrainer(Trainer):
 
     def _weights_write(self, folder: Path) -> Write:
         """What writes the model, from weights that later steps do not change where that happens beside them."""
+        part = self._part_writer()
+        if part is not None:
+            # Small: written in step with training.
+            together(partial(part, folder))
+            return lambda group: None
         if not (is_sharded(self.model) or self._writer.background):
             return lambda group: self.save_model(str(folder), _internal_call=True)
         weights = self._whole_weights(copied=self._writer.background)
         return lambda group: self._write_whole(weights, folder) if self.args.should_save else None
+
+    def _part_writer(self) -> Callable[[Path], None] | None:
+        """What writes the trained part alone, where a checkpoint has no more; all processes call it."""
+        return None
 
     def _optimizer_write(self, folder: Path) -> Write:
         """What writes the optimizer's state, likewise."""
@@ -278,6 +289,8 @@ class ResumableTrainer(Trainer):
 
     def _load_whole(self, folder: str) -> None:
         model = self._unwrapped()
+        if load_part_(model, folder):
+            return
         if layout_of(model) is not None:
             load_shards_(model, folder)
         elif is_sharded(model):
@@ -382,13 +395,3 @@ def _place(model: nn.Module, layout, args: TrainingArguments) -> nn.Module:
             f"The model is sharded already, as {words[0]}; the arguments ask for {words[1]}. Give one of them."
         )
     return model
-
-
-@contextmanager
-def _saving_allowed(args: TrainingArguments) -> Iterator[None]:
-    """Trainer refuses to checkpoint a model that was sharded when it was loaded; this one can."""
-    asked, args.save_only_model = args.save_only_model, True
-    try:
-        yield
-    finally:
-        args.save_only_model = asked
