@@ -5,20 +5,15 @@ import tokenize
 
 import pytest
 
-from moe_hf import MoEError, library_tasks
+from moe_hf import MoEError
 from moe_hf.library_tasks import LIBRARY_TASKS, TOKEN_CLASSES, library_task
+from tests.small_library import library_of
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_files():
-    code = library_tasks.builtin_corpus()
-    few = code.select([i for i, name in enumerate(code["document"]) if name.split("/")[0] in ("json", "logging")])
-    patch = pytest.MonkeyPatch()
-    patch.setattr(library_tasks, "builtin_corpus", lambda: few)
-    library_tasks.library_functions.cache_clear()
-    yield
-    patch.undo()
-    library_tasks.library_functions.cache_clear()
+    with library_of("json", "logging"):
+        yield
 
 
 @pytest.mark.parametrize("name", LIBRARY_TASKS)

@@ -36,7 +36,7 @@ class StudentArguments:
     )
 
 
-def make_student(args: StudentArguments, teacher, model_args: ModelArguments):
+def make_student(args: StudentArguments, teacher, model_args: ModelArguments, training_args: DistillationArguments):
     """The model that learns."""
     if args.student == "moe":
         return moe_hf.drop_layers(teacher, args.drop_layers)
@@ -44,7 +44,7 @@ def make_student(args: StudentArguments, teacher, model_args: ModelArguments):
         return moe_hf.to_dense(teacher, args.dense_method)
     student_args = copy.copy(model_args)
     student_args.model, student_args.upcycle = args.student, None
-    return load_checkpoint(student_args)[0]
+    return load_checkpoint(student_args, training_args)[0]
 
 
 def main() -> None:
@@ -57,8 +57,8 @@ def main() -> None:
         raise MoEError("Distillation compares the student with its teacher: leave control out.")
     prepare_run(training_args)
     documents = load_documents(data_args)
-    teacher, tokenizer = load_checkpoint(model_args)
-    student = make_student(student_args, teacher, model_args)
+    teacher, tokenizer = load_checkpoint(model_args, training_args)
+    student = make_student(student_args, teacher, model_args, training_args)
     teacher_args = copy.copy(training_args)
     teacher_args.scope = None
     evaluation = make_trainer(teacher, tokenizer, teacher_args, data_args, documents, only_evaluate=True).evaluate()

@@ -5,34 +5,13 @@ accelerate launch training/finetune.py --config training/recipes/finetune_moe.ya
 In several processes it takes a layout: --fsdp_size, --ep_size, --tp_size, --dp_replicate_size (training/accelerate).
 """
 
-from moe_hf.trainer.arguments import DataArguments, FinetuneArguments, ModelArguments, MoEArgumentParser
-from moe_hf.trainer.comparison import train_beside_control
-from moe_hf.trainer.programs import (
-    given_dtype,
-    load_checkpoint,
-    load_documents,
-    make_trainer,
-    prepare_run,
-    run_program,
-    train_and_save,
-)
+from moe_hf.trainer.arguments import FinetuneArguments
+from moe_hf.trainer.programs import finetune, run_program
 
 
 def main() -> None:
     """Run the program that the command line describes."""
-    parser = MoEArgumentParser((ModelArguments, DataArguments, FinetuneArguments), description=__doc__)
-    model_args, data_args, training_args = parser.parse()
-    prepare_run(training_args)
-    documents = load_documents(data_args)
-    saved_in = given_dtype(model_args, training_args)
-
-    def load(args):
-        return load_checkpoint(args, training_args)
-
-    def train_one(model, tokenizer, args):
-        return train_and_save(make_trainer(model, tokenizer, args, data_args, documents, given_dtype=saved_in))
-
-    train_beside_control(model_args, training_args, load, train_one)
+    finetune(__doc__, FinetuneArguments)
 
 
 if __name__ == "__main__":

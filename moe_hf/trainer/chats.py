@@ -11,7 +11,7 @@ from moe_hf.answers import answer_metrics
 from moe_hf.data import split_by_document
 from moe_hf.errors import MoEError
 from moe_hf.library_tasks import library_task
-from moe_hf.trainer.arguments import ModelArguments
+from moe_hf.trainer.arguments import ModelArguments, MoETrainingArguments
 from moe_hf.trainer.programs import load_checkpoint
 
 
@@ -88,13 +88,15 @@ def load_chats(args: ChatDataArguments, columns: tuple[str, ...]) -> tuple[Datas
     )
 
 
-def load_chat_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_chat_model(
+    args: ModelArguments, training_args: MoETrainingArguments
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As `load_checkpoint`; a tokenizer without a chat template gets `CHAT_TEMPLATE`.
 
     Raises:
         MoEError: no token that ends an answer.
     """
-    model, tokenizer = load_checkpoint(args)
+    model, tokenizer = load_checkpoint(args, training_args)
     if tokenizer.eos_token is None:
         raise MoEError("The tokenizer has no eos_token, which ends an answer: set one.")
     if tokenizer.chat_template is None:

@@ -112,7 +112,7 @@ def _first(rows: Dataset, count: int | None) -> Dataset:
 
 
 def load_classifier(
-    args: ModelArguments, data: LabelledData, task: str
+    args: ModelArguments, training_args: MoETrainingArguments, data: LabelledData, task: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a decoder, a MoE or a dense one, under a new head for the labels of `data`.
 

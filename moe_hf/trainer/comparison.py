@@ -16,7 +16,7 @@ from moe_hf.trainer.arguments import ModelArguments, MoETrainingArguments
 DENSE_SCOPES = {"moe": "ffn", "experts": "ffn", "shared": "ffn", "selected": "ffn"}
 COMPARISON_FILE, CONTROL_FOLDER = "comparison.json", "control"
 
-Load = Callable[[ModelArguments], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+Load = Callable[[ModelArguments, MoETrainingArguments], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 TrainOne = Callable[[PreTrainedModel, PreTrainedTokenizerBase, MoETrainingArguments], dict[str, float]]
 
 
@@ -35,14 +35,14 @@ def train_beside_control(
     Raises:
         MoEError: a control that is not known, or a scope that a dense model has not; before anything is trained.
     """
-    model, tokenizer = load(model_args)
+    model, tokenizer = load(model_args, training_args)
     control_args = _control_arguments(model_args, model)
     dense_args = None if control_args is None else _dense_arguments(training_args)
     metrics = train_one(model, tokenizer, training_args)
     if control_args is None:
         return
     del model
-    dense, tokenizer = load(control_args)
+    dense, tokenizer = load(control_args, dense_args)
     dense_metrics = train_one(dense, tokenizer, dense_args)
     if training_args.process_index == 0:
         print_comparison({"this model": metrics, "control": dense_metrics}, Path(training_args.output_dir))

@@ -24,8 +24,16 @@ from moe_hf.library_tasks import LIBRARY_TASKS, library_task
 from moe_hf.metrics import LanguageModelMetrics, token_statistics
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.routing_ids import ID_ARGUMENTS
-from moe_hf.trainer.arguments import ConfigArguments, DataArguments, ModelArguments, MoETrainingArguments
+from moe_hf.trainer.arguments import (
+    ConfigArguments,
+    DataArguments,
+    FinetuneArguments,
+    ModelArguments,
+    MoEArgumentParser,
+    MoETrainingArguments,
+)
 from moe_hf.trainer.checkpoints import agree, choose_checkpoint, list_checkpoints
+from moe_hf.trainer.comparison import train_beside_control
 from moe_hf.trainer.layouts import check_config, check_launch, describe_layout
 from moe_hf.trainer.moe_trainer import FINAL_FOLDER, MoETrainer
 from moe_hf.upcycling import upcycle
@@ -223,6 +231,23 @@ def make_trainer(
         preprocess_logits_for_metrics=token_statistics,
         **kwargs,
     )
+
+
+def finetune(
+    description: str, arguments_class: type[FinetuneArguments], trainer_class: type[MoETrainer] = MoETrainer
+) -> None:
+    """Run what the command line describes: load or upcycle a model, train it, and its control where one is asked for."""
+    parser = MoEArgumentParser((ModelArguments, DataArguments, arguments_class), description=description)
+    model_args, data_args, training_args = parser.parse()
+    prepare_run(training_args)
+    documents = load_documents(data_args)
+    saved_in = given_dtype(model_args, training_args)
+
+    def train_one(model, tokenizer, args):
+        options = {"trainer_class": trainer_class, "given_dtype": saved_in}
+        return train_and_save(make_trainer(model, tokenizer, args, data_args, documents, **options))
+
+    train_beside_control(model_args, training_args, load_checkpoint, train_one)
 
 
 def prepare_run(args: MoETrainingArguments) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from moe_hf import MoEError
 from moe_hf.data import load_text, split_by_document
 from moe_hf.trainer.programs import run_program
 from tests.processes import ROOT, launch
+from tests.trainer.program_runs import run
 
 
 TINY = {
@@ -23,27 +23,6 @@ QUICK = [
     "--block_size=32", "--max_steps=4", "--save_steps=2", "--eval_steps=2", "--per_device_train_batch_size=4",
     "--disable_tqdm=true", "--use_cpu=true", "--held_out_share=0.3",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    """A folder of two domains with a few documents each."""
-    folder = tmp_path_factory.mktemp("text")
-    for domain, words in (("letters", "a b c d e f g "), ("numbers", "one two three four ")):
-        (folder / domain).mkdir()
-        for i in range(4):
-            (folder / domain / f"{i}.txt").write_text(words * (30 + i))
-    return folder
-
-
-def run(program: str, *argv: str) -> None:
-    """Run a program of training/ in this process."""
-    original = sys.argv
-    sys.argv = [program, *argv]
-    try:
-        import_module(f"training.{program}").main()
-    finally:
-        sys.argv = original
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """Every recipe runs, tiny, from a dense model or a MoE to metrics beside the dense parent."""
 
 import json
-import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,10 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import moe_hf
-from moe_hf import MoEError, library_tasks
+from moe_hf import MoEError
 from moe_hf.data import load_text, train_tokenizer
 from moe_hf.trainer.arguments import DataArguments
 from moe_hf.trainer.programs import load_documents
+from tests.small_library import library_of
+from tests.trainer.program_runs import run
 
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
@@ -42,39 +42,11 @@ def program_of(recipe: str) -> str:
     return PROGRAMS.get(recipe, "pretrain" if recipe.startswith("pretrain") else "finetune")
 
 
-def run(program: str, *argv: str) -> None:
-    """Run a program of training/ in this process."""
-    original = sys.argv
-    sys.argv = [program, *argv]
-    try:
-        import_module(f"training.{program}").main()
-    finally:
-        sys.argv = original
-
-
 @pytest.fixture(scope="module", autouse=True)
 def small_library():
     """The functions of a few packages stand for the whole library, which takes seconds to read."""
-    code = library_tasks.builtin_corpus()
-    names = [name.split("/")[0] in ("email", "json", "logging", "xml") for name in code["document"]]
-    few = code.select([i for i, keep in enumerate(names) if keep])
-    patch = pytest.MonkeyPatch()
-    patch.setattr(library_tasks, "builtin_corpus", lambda: few)
-    library_tasks.library_functions.cache_clear()
-    yield
-    patch.undo()
-    library_tasks.library_functions.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    """A folder of two domains with a few documents each."""
-    folder = tmp_path_factory.mktemp("text")
-    for domain, words in (("letters", "a b c d e f g "), ("numbers", "one two three four ")):
-        (folder / domain).mkdir()
-        for i in range(4):
-            (folder / domain / f"{i}.txt").write_text(words * (30 + i))
-    return folder
+    with library_of("email", "json", "logging", "xml"):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,7 @@ def train(kind, output_dir, dtype=torch.float32, resume=None, dropout=0.2, **fie
     args = arguments(output_dir, save_strategy="steps", save_steps=3, gradient_accumulation_steps=2, **fields)
     recorder = GradientRecorder()
     # The statistics of the balance loss are those of a micro-batch: two processes have others than one.
-    config_fields = {"router_aux_loss_coef": 0.0} if kind == "ours" else {}
-    model = tiny_moe(kind, dropout=dropout, **config_fields).to(dtype)
+    model = tiny_moe(kind, dropout=dropout, router_aux_loss_coef=0.0).to(dtype)
     trainer = MoETrainer(model, args, train_dataset=rows(28), callbacks=[recorder])
     trainer.train(resume_from_checkpoint=resume)
     return trainer, recorder.gradients
