@@ -86,8 +86,8 @@ def _token_choice(settings: Settings) -> dict[str, Arm]:
         "threshold": Arm("threshold 0.3", STOCHASTIC | {"router_kwargs": {"policy": "threshold", "threshold": 0.3}}),
         "sampling": Arm("sampled second", STOCHASTIC | {"router_kwargs": {"policy": "sampling"}}),
         "top_p": Arm(
-            "top-p 0.4, entropy loss",
-            {"router_type": "top_p", "router_kwargs": {"top_p": 0.4}, "router_loss_coefs": entropy},
+            "top-p 0.46, entropy loss",
+            {"router_type": "top_p", "router_kwargs": {"top_p": 0.46}, "router_loss_coefs": entropy},
         ),
         "noisy_top_k": Arm("noisy top-k (Shazeer)", drawn | NO_BALANCE),
         "gaussian": Arm("gaussian noise 1 / E", {"router_noise": "gaussian", "router_noise_affects": "both"}),
