@@ -82,11 +82,12 @@ class LoadRecorder:
             self.dropped += float((output.router_stats or {}).get("dropped_share", 0.0))
 
     def result(self) -> dict[str, float]:
-        """Means over layers and passes.
+        """Stop, and return means over layers and passes.
 
         `load_cv` and `max_violation`, (max - mean) / mean, are of the tokens per expert; `dropped_share` is of the
         choices, `unserved_share` of the tokens, and `experts_per_token` counts experts that compute.
         """
+        self.is_on = False
         loads = [count.double() for count in self.counts.values()]
         return {
             "load_cv": statistics.mean(float(load.std(correction=0) / load.mean()) for load in loads),
