@@ -143,9 +143,9 @@ def _architectures(settings: Settings) -> dict[str, Arm]:
             residual | {"shared_expert_intermediate_size": width, "num_experts_per_layer": pyramid},
         ),
         "extra_experts": Arm(
-            "zero, copy, 2 constant, K = 3",
-            {"extra_experts": ["zero", "copy", "constant", "constant"], "num_experts_per_tok": 3},
-            added=("extra_experts", "num_experts_per_tok"),
+            "zero, copy, 2 constant experts beside",
+            {"extra_experts": ["zero", "copy", "constant", "constant"]},
+            added=("extra_experts",),
         ),
         "new_experts": Arm("plain top-k, new experts", new_experts=True, changes="nothing"),
         "multi_head": Arm("multi-head, new experts", heads, new_experts=True, changes="experts"),
