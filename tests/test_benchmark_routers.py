@@ -1,6 +1,7 @@
 """The study of routers: each router of the package is in it, learns, and does something; its figures are right."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,8 @@ def test_saved_reference_is_the_trained_one(results, output_dir):
     assert len(routers_of(model)) == TINY["num_hidden_layers"]
 
 
-def test_sizes_can_be_given_and_unknown_routers_are_refused(tmp_path):
+def test_sizes_can_be_given_and_unknown_routers_are_refused(results, output_dir, tmp_path):
+    shutil.copytree(output_dir / "data", tmp_path / "data")
     given = ["--tiny", "--seeds", "1", "--out", str(tmp_path), "--arms", "multi_head"]
     results = main([*given, "--hidden-size", "24", "--intermediate-size", "48", "--layers", "2", "--batch-size", "1"])
     sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "batch_size": 1}
