@@ -142,6 +142,7 @@ def _architectures(settings: Settings) -> dict[str, Arm]:
             "PR-MoE: residual, K = 1, fewer below",
             residual | {"shared_expert_intermediate_size": width, "num_experts_per_layer": pyramid},
         ),
+        "dense_ffn": Arm("ST-MoE's dense layer before, K = 1", {"moe_dense_ffn": "before", "num_experts_per_tok": 1}),
         "extra_experts": Arm(
             "zero, copy, 2 constant experts beside",
             {"extra_experts": ["zero", "copy", "constant", "constant"]},
@@ -185,6 +186,11 @@ def _soft_and_expert_choice(settings: Settings) -> dict[str, Arm]:
             {"router_type": "dense_margin", "router_kwargs": {"margin": 1.0}} | every,
             "granular",
             {"shards": 4},
+            changes="experts",
+        ),
+        "likelihood": Arm(
+            "dense gate, 2 experts, likelihoods mixed",
+            {"router_type": "dense", "output_mixture": "likelihood", "num_experts": 2} | NO_BALANCE,
             changes="experts",
         ),
         "bernoulli": Arm("independent gates, straight-through", gates | {"router_loss_coefs": sparse}),

@@ -169,6 +169,8 @@ def forward_flops(model: PreTrainedModel, block_size: int, experts_per_token: fl
     """FLOPs of one token's forward pass: 2 per weight it meets in a matrix product, and attention over a block."""
     config = model.config.get_text_config()
     weights = model.get_output_embeddings().weight.numel()
+    if getattr(config, "output_mixture", None) == "likelihood":
+        weights *= config.num_experts  # each predicts
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or "embed_tokens" in name or "lm_head" in name:
             continue

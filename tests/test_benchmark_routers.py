@@ -75,6 +75,7 @@ def test_every_kind_of_extra_expert_and_field_of_structure_is_in_the_study():
     assert set(BUILT_IN_EXPERTS) <= {name for given in fields for name in given.get("extra_experts", ())}
     named = {name for given in fields for name in given}
     assert named >= {"n_group", "capacity_factor", "router_jitter_noise", "num_moe_heads", "num_experts_per_layer"}
+    assert named >= {"moe_dense_ffn", "output_mixture"}
     assert named >= {"shared_expert_intermediate_size", "expert_groups", "expert_group_prior", "router_per_task"}
 
 
