@@ -10,31 +10,37 @@ Each run is a folder of DIR with one JSON of its curve; a run that was stopped i
 
 import argparse
 import json
-import os
 import platform
 import sys
-import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import moe_hf
 from benchmarks.initialisers_report import curves_plot, markdown_table
-from moe_hf.data import builtin_corpus, corpus_fingerprint, split_by_document, tokenize_and_pack, train_tokenizer
+from benchmarks.runs import (
+    Pace,
+    build_text,
+    even_points,
+    held_out_rows,
+    machine,
+    rows_in_order,
+    saved_rows,
+    small_llama,
+    token_losses,
+    train_arm,
+)
 from moe_hf.errors import MoEError
 from moe_hf.upcycling.initialisers import make_initialiser
 from training.demo.stages import Stages
-from training.demo.steps import batches, evaluate, forward_flops, limit_code
+from training.demo.steps import batches, forward_flops
 
 
-# A training step is a forward pass and a backward pass of twice its arithmetic.
-PASSES_PER_STEP = 3
 MOE = {"num_experts": 8, "num_experts_per_tok": 2}
 
 
@@ -124,80 +130,33 @@ class Study:
         """Text that every machine has -> tokenizer -> packed blocks; held-out documents of two domains."""
         settings = self.settings
 
-        def build(folder: Path) -> dict[str, Any]:
-            train_text, held_out_text = split_by_document(builtin_corpus(), 0.1)
-            train_text = limit_code(train_text, settings.code_characters)
-            tokenizer = train_tokenizer(train_text, settings.vocab_size)
-            rows = tokenize_and_pack(train_text, tokenizer, settings.block_size)
-            rows.save_to_disk(folder / "train")
-            for domain in sorted(set(held_out_text["domain"])):
-                text = held_out_text.filter(lambda row, domain=domain: row["domain"] == domain).shuffle(seed=0)
-                held_out = tokenize_and_pack(text, tokenizer, settings.block_size)
-                held_out.select(range(settings.evaluation_tokens // settings.block_size)).save_to_disk(
-                    folder / "held_out" / domain
-                )
-            return {
-                "corpus_sha256": corpus_fingerprint(train_text),
-                "training_tokens": len(rows) * settings.block_size,
-                "vocab_size": len(tokenizer),
-            }
-
         names = ("vocab_size", "code_characters", "evaluation_tokens", "block_size")
         shared = {name: getattr(settings, name) for name in names}
-        return self.stages.run("data", shared | {"python": platform.python_version()}, build)
+        described = shared | {"python": platform.python_version()}
+        return self.stages.run("data", described, lambda folder: build_text(folder, **shared))
 
     def rows(self, seed: int, first_step: int, steps: int) -> datasets.Dataset:
         """The text of some steps in the order of `seed`; the parent takes the first ones, no row is seen twice."""
-        rows = datasets.load_from_disk(str(self.stages.folder("data") / "train")).with_format("torch")
-        first, count = (number * self.settings.batch_size for number in (first_step, steps))
-        if first + count > len(rows):
-            raise MoEError(
-                f"{first + count} rows of {self.settings.block_size} tokens are needed and the text has {len(rows)}: take "
-                "fewer steps."
-            )
-        return rows.select(np.random.default_rng(seed).permutation(len(rows))[first : first + count])
-
-    def held_out(self) -> dict[str, datasets.Dataset]:
-        """Packed held-out rows by domain."""
-        folders = sorted((self.stages.folder("data") / "held_out").iterdir())
-        return {folder.name: datasets.load_from_disk(str(folder)).with_format("torch") for folder in folders}
+        size = self.settings.batch_size
+        return rows_in_order(saved_rows(self.stages.folder("data") / "train"), seed, first_step * size, steps * size)
 
     def train(
         self, name: str, model: PreTrainedModel, rows: datasets.Dataset, learning_rate: float
     ) -> list[dict[str, Any]]:
-        """Train in place, one pass over `rows`: linear warm-up, then cosine to a tenth; return the points of the curve.
-
-        Each point has the steps, tokens and training FLOPs so far, and held-out losses in nats/token. Points lie at
-        equal shares of a run, whatever its length.
-        """
+        """Train in place, one pass over `rows`; return points at equal shares of the run, whatever its length."""
         settings = self.settings
         steps = len(rows) // settings.batch_size
-        matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-        others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
-        schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer, max(1, round(settings.warmup_share * steps)), steps, min_lr_rate=0.1
+        held_out = held_out_rows(self.stages.folder("data") / "held_out")
+        run = train_arm(
+            name,
+            model,
+            batches(rows, settings.batch_size),
+            steps,
+            Pace(learning_rate, max(1, round(settings.warmup_share * steps)), settings.weight_decay),
+            measure=lambda model: token_losses(model, held_out),
+            measured_at=even_points(steps, settings.evaluations),
         )
-        flops = PASSES_PER_STEP * forward_flops(model, settings.block_size)
-        measured_at = {round(share * steps / settings.evaluations) for share in range(settings.evaluations + 1)}
-        held_out, points, start = self.held_out(), [], time.perf_counter()
-        text = batches(rows, settings.batch_size)
-        for step in range(steps + 1):
-            if step in measured_at:
-                losses = {k: v["token_loss"] for k, v in evaluate(model, held_out, batch_size=32).items()}
-                tokens = step * settings.batch_size * settings.block_size
-                points.append({"step": step, "tokens": tokens, "training_flops": tokens * flops, "loss": losses})
-                left = f"{(time.perf_counter() - start) * (steps - step) / step:.0f} s left" if step else "starts"
-                print(f"  {name}: step {step}/{steps}, held out {losses['all']:.4f}, {left}", flush=True)
-                model.train()
-            if step < steps:
-                model(**next(text), use_cache=False).loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-        return points
+        return run["points"]
 
     def parent(self, data: dict[str, Any], seed: int) -> dict[str, Any]:
         """The dense model that all arms of a seed start from."""
@@ -205,20 +164,7 @@ class Study:
 
         def build(folder: Path) -> dict[str, Any]:
             torch.manual_seed(seed)
-            config = LlamaConfig(
-                vocab_size=data["result"]["vocab_size"],
-                hidden_size=settings.hidden_size,
-                intermediate_size=settings.intermediate_size,
-                num_hidden_layers=settings.num_hidden_layers,
-                num_attention_heads=settings.num_attention_heads,
-                max_position_embeddings=2 * settings.block_size,
-                tie_word_embeddings=True,
-                # Near 1 / sqrt(D); a model this narrow learns more slowly from the usual 0.02.
-                initializer_range=0.1,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-            model = LlamaForCausalLM(config)
+            model = LlamaForCausalLM(small_llama(data["result"]["vocab_size"], settings))
             rows = self.rows(seed, 0, settings.parent_steps)
             points = self.train(f"seed {seed}, parent", model, rows, settings.parent_learning_rate)
             model.save_pretrained(folder)
@@ -278,12 +224,7 @@ class Study:
                 runs[name].append({"seed": seed, "seconds": record["seconds"]} | record["result"])
         return {
             "settings": asdict(self.settings) | {"seeds": self.seeds},
-            "machine": {
-                "cpus": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "python": platform.python_version(),
-            }
-            | {"torch": torch.__version__, "transformers": transformers.__version__, "moe_hf": moe_hf.__version__},
+            "machine": machine(),
             "data": data["result"],
             "built": self.stages.built,
             "arms": {name: {"title": ARMS[name].title, "runs": runs[name]} for name in self.arms},

@@ -1,0 +1,199 @@
+"""What the studies that train share: text that every machine has, a training run with its curve, facts of the machine."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from transformers import LlamaConfig, PreTrainedModel
+
+import moe_hf
+from moe_hf.data import builtin_corpus, corpus_fingerprint, split_by_document, tokenize_and_pack, train_tokenizer
+from moe_hf.errors import MoEError
+from training.demo.steps import evaluate, forward_flops, limit_code
+
+
+# A training step is a forward pass and a backward pass of twice its arithmetic.
+PASSES_PER_STEP = 3
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a run trains: AdamW (0.9, 0.95), decay of matrices only, gradients clipped at 1, a linear warm-up.
+
+    Attributes:
+        learning_rate: its peak.
+        warmup_steps: at least one.
+        weight_decay: of parameters of two dimensions and more.
+        decays: whether a cosine takes the rate to a tenth at the last step; otherwise it stays at its peak, so that each
+            point of the curve is the end of a run of that length.
+    """
+
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float = 0.1
+    decays: bool = True
+
+
+def build_text(
+    folder: Path, *, vocab_size: int, code_characters: int, evaluation_tokens: int, block_size: int
+) -> dict[str, Any]:
+    """Write packed rows of the built-in corpus: `train`, and `held_out/<domain>` from documents that `train` lacks."""
+    train_text, held_out_text = split_by_document(builtin_corpus(), 0.1)
+    train_text = limit_code(train_text, code_characters)
+    tokenizer = train_tokenizer(train_text, vocab_size)
+    rows = tokenize_and_pack(train_text, tokenizer, block_size)
+    rows.save_to_disk(folder / "train")
+    for domain in sorted(set(held_out_text["domain"])):
+        text = held_out_text.filter(lambda row, domain=domain: row["domain"] == domain).shuffle(seed=0)
+        held_out = tokenize_and_pack(text, tokenizer, block_size)
+        held_out.select(range(evaluation_tokens // block_size)).save_to_disk(folder / "held_out" / domain)
+    return {
+        "corpus_sha256": corpus_fingerprint(train_text),
+        "training_tokens": len(rows) * block_size,
+        "vocab_size": len(tokenizer),
+    }
+
+
+def saved_rows(folder: Path) -> datasets.Dataset:
+    """Rows that a stage saved, as tensors."""
+    return datasets.load_from_disk(str(folder)).with_format("torch")
+
+
+def held_out_rows(folder: Path) -> dict[str, datasets.Dataset]:
+    """The saved rows of each sub-folder, by its name."""
+    return {part.name: saved_rows(part) for part in sorted(folder.iterdir())}
+
+
+def rows_in_order(rows: datasets.Dataset, seed: int, first: int, count: int) -> datasets.Dataset:
+    """`count` rows from the place `first` on in the order of `seed`; no row is given twice.
+
+    Raises:
+        MoEError: there are not so many.
+    """
+    if first + count > len(rows):
+        raise MoEError(
+            f"{first + count} rows of {len(rows[0]['input_ids'])} tokens are needed and the text has {len(rows)}: take "
+            "fewer steps."
+        )
+    return rows.select(np.random.default_rng(seed).permutation(len(rows))[first : first + count])
+
+
+def small_llama(vocab_size: int, settings: Any, **fields: Any) -> LlamaConfig:
+    """The dense model of the studies; sizes are read from `settings`, `fields` take precedence."""
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return LlamaConfig(
+        **{name: getattr(settings, name) for name in sizes} | fields,
+        vocab_size=vocab_size,
+        max_position_embeddings=2 * settings.block_size,
+        tie_word_embeddings=True,
+        # Near 1 / sqrt(D); a model this narrow learns more slowly from the usual 0.02.
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def token_losses(model: PreTrainedModel, held_out: dict[str, datasets.Dataset]) -> dict[str, float]:
+    """Loss in nats/token of each part, and over the tokens of all parts (`all`); without router losses."""
+    return {name: found["token_loss"] for name, found in evaluate(model, held_out, batch_size=32).items()}
+
+
+def even_points(steps: int, evaluations: int) -> set[int]:
+    """Steps at equal shares of a run, its first and last ones among them."""
+    return {round(share * steps / evaluations) for share in range(evaluations + 1)}
+
+
+def prepare_optimizer(
+    model: PreTrainedModel, pace: Pace, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW over what trains, and its schedule over `steps`."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": pace.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=pace.learning_rate, betas=(0.9, 0.95))
+    if pace.decays:
+        schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, pace.warmup_steps, steps, min_lr_rate=0.1
+        )
+    else:
+        schedule = transformers.get_constant_schedule_with_warmup(optimizer, pace.warmup_steps)
+    return optimizer, schedule
+
+
+def training_step(
+    model: PreTrainedModel,
+    batch: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> float:
+    """One step in place; returns the CPU seconds that this process spent on it."""
+    start = time.process_time()
+    model(**batch, use_cache=False).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    return time.process_time() - start
+
+
+def train_arm(
+    name: str,
+    model: PreTrainedModel,
+    text: Iterable[dict[str, torch.Tensor]],
+    steps: int,
+    pace: Pace,
+    *,
+    measure: Callable[[PreTrainedModel], dict[str, float]],
+    measured_at: set[int],
+) -> dict[str, Any]:
+    """Train in place, and return the points of the curve and the median CPU seconds of a step.
+
+    Args:
+        name (`str`): said with each point.
+        text (`Iterable`): one batch per step.
+        measure (`Callable`): losses by name, for each step of `measured_at` (0 is before the first step).
+
+    Returns:
+        `points`, each with `step`, `tokens` and `training_flops` (of all parameters) so far, and `loss`; `step_seconds`.
+    """
+    optimizer, schedule = prepare_optimizer(model, pace, steps)
+    points, seconds, tokens, start, text = [], [], 0, time.perf_counter(), iter(text)
+    for step in range(steps + 1):
+        if step in measured_at:
+            loss = measure(model)
+            points.append({"step": step, "tokens": tokens, "loss": loss})
+            left = f"{(time.perf_counter() - start) * (steps - step) / step:.0f} s left" if step else "starts"
+            said = ", ".join(f"{part} {value:.4f}" for part, value in loss.items())
+            print(f"  {name}: step {step}/{steps}, {said}, {left}", flush=True)
+            model.train()
+        if step < steps:
+            batch = next(text)
+            tokens += batch["input_ids"].numel()
+            seconds.append(training_step(model, batch, optimizer, schedule))
+    block_size = batch["input_ids"].shape[1]
+    flops = PASSES_PER_STEP * forward_flops(model, block_size)
+    points = [point | {"training_flops": point["tokens"] * flops} for point in points]
+    return {"points": points, "step_seconds": statistics.median(seconds)}
+
+
+def machine() -> dict[str, Any]:
+    """Cores, threads and versions, for the record."""
+    return {
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "moe_hf": moe_hf.__version__,
+    }
