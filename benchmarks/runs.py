@@ -1,5 +1,6 @@
 """What the studies that train share: text that every machine has, a training run with its curve, facts of the machine."""
 
+import argparse
 import os
 import platform
 import statistics
@@ -23,6 +24,15 @@ from training.demo.steps import evaluate, forward_flops, limit_code
 
 # A training step is a forward pass and a backward pass of twice its arithmetic.
 PASSES_PER_STEP = 3
+# Settings that the command line of a study can change.
+SIZES = {
+    "steps": "training steps of a run",
+    "batch_size": "rows of a step",
+    "hidden_size": "D",
+    "intermediate_size": "F of the dense MLP and of an expert",
+    "num_hidden_layers": "decoder layers",
+    "num_attention_heads": "attention heads",
+}
 
 
 @dataclass(frozen=True)
@@ -185,6 +195,44 @@ def train_arm(
     flops = PASSES_PER_STEP * forward_flops(model, block_size)
     points = [point | {"training_flops": point["tokens"] * flops} for point in points]
     return {"points": points, "step_seconds": statistics.median(seconds)}
+
+
+def interleaved_step_seconds(
+    models: dict[str, PreTrainedModel], text: list[dict[str, torch.Tensor]]
+) -> dict[str, float]:
+    """CPU seconds of a training step of each model, one batch after the other, all models in turns; the lower quartile.
+
+    In turns, since whatever else runs on the machine then slows all of them alike. The first batch warms up.
+    """
+    prepared = {name: prepare_optimizer(model, Pace(1e-4, 1), len(text)) for name, model in models.items()}
+    seconds = {name: [] for name in models}
+    for batch in text:
+        for name, model in models.items():
+            seconds[name].append(training_step(model.train(), batch, *prepared[name]))
+    return {name: float(np.quantile(values[1:], 0.25)) for name, values in seconds.items()}
+
+
+def add_size_options(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Options for larger or smaller runs: the fields of SIZES, with their defaults in `settings`, and `--tiny`."""
+    defaults = settings()
+    for name, meaning in SIZES.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, help=f"{meaning} ({getattr(defaults, name)})")
+    parser.add_argument("--tiny", action="store_true", help="very small, to see that it works")
+
+
+def sizes_given(given: argparse.Namespace) -> dict[str, int]:
+    """What of SIZES the command line sets.
+
+    Raises:
+        MoEError: a size below 1.
+    """
+    sizes = {name: getattr(given, name) for name in SIZES if getattr(given, name) is not None}
+    wrong = {name: value for name, value in sizes.items() if value < 1}
+    if wrong:
+        name, value = next(iter(wrong.items()))
+        raise MoEError(f"--{name.replace('_', '-')} is {value}: it must be at least 1.")
+    return sizes
 
 
 def machine() -> dict[str, Any]:
