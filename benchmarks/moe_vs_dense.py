@@ -65,6 +65,7 @@ class Settings:
     warmup_share: float = 0.05  # of `steps`
     weight_decay: float = 0.1
     evaluations: int = 16
+    dense_length: float = 2.0  # steps of the dense model over those of a MoE: it goes on, for equal time
     wide_budget: float = 1.5  # most FLOPs of a dense model with the MoE's parameters, over those of the target
     timing_rounds: int = 12
 
@@ -168,18 +169,14 @@ class Study:
 
         return self.stages.run("timing", shared | {"arms": self.arms}, build)["result"]
 
-    def steps_of(self, arm: str, sizes: dict[str, Any], seconds: dict[str, float]) -> int:
-        """How long an arm runs.
-
-        The dense model goes on until it has had the time of the slowest MoE, for equal time; a wide one stops at equal
-        tokens or at its budget of FLOPs, whichever comes first.
-        """
-        steps, flops = self.settings.steps, {name: size["forward_flops_per_token"] for name, size in sizes.items()}
+    def steps_of(self, arm: str, sizes: dict[str, Any]) -> int:
+        """How long an arm runs; a wide one stops at equal tokens or at its budget of FLOPs, whichever comes first."""
+        settings, flops = self.settings, {name: size["forward_flops_per_token"] for name, size in sizes.items()}
         if arm == "dense":
-            return ceil(steps * max(1.0, *(seconds[f"moe_{e}"] / seconds["dense"] for e in self.experts)))
+            return ceil(settings.steps * settings.dense_length)
         if arm.startswith("wide"):
-            return min(steps, ceil(steps * self.settings.wide_budget * flops["dense"] / flops[arm]))
-        return steps
+            return min(settings.steps, ceil(settings.steps * settings.wide_budget * flops["dense"] / flops[arm]))
+        return settings.steps
 
     def run_arm(self, name: str, seed: int, steps: int, rate: float, shared: dict[str, Any]) -> dict[str, Any]:
         """Train one arm of one seed; the validation loss at its end is kept beside the curve."""
@@ -227,12 +224,12 @@ class Study:
         """Run what is missing, seed by seed, and return all curves."""
         settings, data = self.settings, self.data()
         vocab_size = data["result"]["vocab_size"]
-        not_shared = ("steps", "learning_rates", "rate_share", "wide_budget", "timing_rounds")
+        not_shared = ("steps", "learning_rates", "rate_share", "dense_length", "wide_budget", "timing_rounds")
         shared = {name: value for name, value in asdict(settings).items() if name not in not_shared}
         shared |= {"of_steps": settings.steps, "data": data["settings"] | {"vocab_size": vocab_size}}
         sizes = self.sizes(vocab_size)
         seconds = self.timing(vocab_size, shared | {"rounds": settings.timing_rounds})
-        steps = {arm: self.steps_of(arm, sizes, seconds) for arm in self.arms}
+        steps = {arm: self.steps_of(arm, sizes) for arm in self.arms}
         middle = self.experts[len(self.experts) // 2]
         rates = {
             kind: self.rate(kind, arm, min(steps[arm], settings.steps), shared)
