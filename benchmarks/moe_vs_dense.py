@@ -56,11 +56,11 @@ class Settings:
     evaluation_tokens: int = 4_096  # of each domain, for the curves; as many again choose the learning rates
     block_size: int = 128
     batch_size: int = 8
-    hidden_size: int = 64
+    hidden_size: int = 48
     intermediate_size: int = 192
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 2
     num_attention_heads: int = 4
-    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     rate_share: float = 0.5  # of a run's steps, to choose its learning rate
     warmup_share: float = 0.05  # of `steps`
     weight_decay: float = 0.1

@@ -73,6 +73,22 @@ def build_text(
     }
 
 
+def without_paragraphs_of(documents: datasets.Dataset, *known: datasets.Dataset) -> datasets.Dataset:
+    """Drop the paragraphs of 80 characters and more that documents of `known` have too, and documents left empty.
+
+    Documents repeat each other: some topics of the language reference hold others whole, licences are in many files.
+    """
+    paragraphs = {part.strip() for other in known for text in other["text"] for part in text.split("\n\n")}
+
+    def is_new(part: str) -> bool:
+        return len(part.strip()) < 80 or part.strip() not in paragraphs
+
+    def shorten(row: dict[str, str]) -> dict[str, str]:
+        return {"text": "\n\n".join(part for part in row["text"].split("\n\n") if is_new(part))}
+
+    return documents.map(shorten).filter(lambda row: bool(row["text"].strip()))
+
+
 def saved_rows(folder: Path) -> datasets.Dataset:
     """Rows that a stage saved, as tensors."""
     return datasets.load_from_disk(str(folder)).with_format("torch")
