@@ -40,7 +40,9 @@ from benchmarks.runs import (
     small_llama,
     token_losses,
     train_arm,
+    with_training_flops,
 )
+from moe_hf.data import builtin_corpus
 from moe_hf.errors import MoEError
 from training.demo.stages import Stages
 from training.demo.steps import batches, forward_flops
@@ -119,7 +121,7 @@ class Study:
         shared = {name: getattr(settings, name) for name in ("vocab_size", "code_characters", "block_size")}
         shared["evaluation_tokens"] = 2 * settings.evaluation_tokens
         described = shared | {"python": platform.python_version()}
-        return self.stages.run("data", described, lambda folder: build_text(folder, **shared))
+        return self.stages.run("data", described, lambda folder: build_text(folder, builtin_corpus(), **shared))
 
     def text(self, seed: int, steps: int) -> datasets.Dataset:
         """The same rows in the same order for all arms of a seed."""
@@ -187,21 +189,25 @@ class Study:
             model = self.model(arm, seed, shared["data"]["vocab_size"])
             held_out = self.held_out(validation=False)
             # Points where the MoEs have theirs, as far as the run goes, so that curves of one seed share their text.
-            points = even_points(settings.steps, settings.evaluations) if arm == "dense" else set()
-            points = {p for p in points if p <= steps} | even_points(steps, settings.evaluations)
+            measured_at = even_points(steps, settings.evaluations)
+            if arm == "dense":
+                measured_at |= {p for p in even_points(settings.steps, settings.evaluations) if p <= steps}
             pace = Pace(
                 rate, max(1, round(settings.warmup_share * settings.steps)), settings.weight_decay, decays=False
             )
-            run = train_arm(
+            points = train_arm(
                 name,
                 model,
                 batches(self.text(seed, steps), settings.batch_size),
                 steps,
                 pace,
                 measure=lambda model: token_losses(model, held_out),
-                measured_at=points,
+                measured_at=measured_at,
             )
-            return run | {"validation": token_losses(model, self.held_out(validation=True))["all"]}
+            return {
+                "points": with_training_flops(points, model, settings.block_size),
+                "validation": token_losses(model, self.held_out(validation=True))["all"],
+            }
 
         return self.stages.run(name, shared | {"steps": steps, "rate": rate, "seed": seed}, build)["result"]
 

@@ -3,7 +3,6 @@
 import argparse
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
 import moe_hf
-from moe_hf.data import builtin_corpus, corpus_fingerprint, split_by_document, tokenize_and_pack, train_tokenizer
+from moe_hf.data import corpus_fingerprint, split_by_document, tokenize_and_pack, train_tokenizer
 from moe_hf.errors import MoEError
 from training.demo.steps import evaluate, forward_flops, limit_code
 
@@ -42,7 +42,7 @@ class Pace:
     Attributes:
         learning_rate: its peak.
         warmup_steps: at least one.
-        weight_decay: of parameters of two dimensions and more.
+        weight_decay: of the parameters that `is_decayed` names; by default those of two dimensions and more.
         decays: whether a cosine takes the rate to a tenth at the last step; otherwise it stays at its peak, so that each
             point of the curve is the end of a run of that length.
     """
@@ -54,10 +54,16 @@ class Pace:
 
 
 def build_text(
-    folder: Path, *, vocab_size: int, code_characters: int, evaluation_tokens: int, block_size: int
+    folder: Path,
+    documents: datasets.Dataset,
+    *,
+    vocab_size: int,
+    code_characters: int,
+    evaluation_tokens: int,
+    block_size: int,
 ) -> dict[str, Any]:
-    """Write packed rows of the built-in corpus: `train`, and `held_out/<domain>` from documents that `train` lacks."""
-    train_text, held_out_text = split_by_document(builtin_corpus(), 0.1)
+    """Write packed rows: `train`, and `held_out/<domain>` from documents that `train` lacks."""
+    train_text, held_out_text = split_by_document(documents, 0.1)
     train_text = limit_code(train_text, code_characters)
     tokenizer = train_tokenizer(train_text, vocab_size)
     rows = tokenize_and_pack(train_text, tokenizer, block_size)
@@ -138,15 +144,27 @@ def even_points(steps: int, evaluations: int) -> set[int]:
     return {round(share * steps / evaluations) for share in range(evaluations + 1)}
 
 
+def is_matrix(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter has two dimensions or more."""
+    return parameter.ndim >= 2
+
+
+def decayed_groups(
+    model: nn.Module, weight_decay: float, is_decayed: Callable[[str, torch.Tensor], bool] = is_matrix
+) -> list[dict[str, Any]]:
+    """What trains, in two groups for AdamW: with and without weight decay."""
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if is_decayed(name, parameter) else others).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
 def prepare_optimizer(
-    model: PreTrainedModel, pace: Pace, steps: int
+    model: nn.Module, pace: Pace, steps: int, is_decayed: Callable[[str, torch.Tensor], bool] = is_matrix
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW over what trains, and its schedule over `steps`."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": pace.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups = decayed_groups(model, pace.weight_decay, is_decayed)
     optimizer = torch.optim.AdamW(groups, lr=pace.learning_rate, betas=(0.9, 0.95))
     if pace.decays:
         schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
@@ -182,19 +200,20 @@ def train_arm(
     *,
     measure: Callable[[PreTrainedModel], dict[str, float]],
     measured_at: set[int],
-) -> dict[str, Any]:
-    """Train in place, and return the points of the curve and the median CPU seconds of a step.
+    is_decayed: Callable[[str, torch.Tensor], bool] = is_matrix,
+    after_step: Callable[[PreTrainedModel, int], None] = lambda model, steps_left: None,
+) -> list[dict[str, Any]]:
+    """Train in place, and return the points of the curve: `step`, `tokens` so far, and `loss`.
 
     Args:
         name (`str`): said with each point.
         text (`Iterable`): one batch per step.
         measure (`Callable`): losses by name, for each step of `measured_at` (0 is before the first step).
-
-    Returns:
-        `points`, each with `step`, `tokens` and `training_flops` (of all parameters) so far, and `loss`; `step_seconds`.
+        is_decayed (`Callable`): whether a parameter, by its name and itself, has weight decay.
+        after_step (`Callable`): called after each step of the optimizer, with the steps that are left.
     """
-    optimizer, schedule = prepare_optimizer(model, pace, steps)
-    points, seconds, tokens, start, text = [], [], 0, time.perf_counter(), iter(text)
+    optimizer, schedule = prepare_optimizer(model, pace, steps, is_decayed)
+    points, tokens, start, text = [], 0, time.perf_counter(), iter(text)
     for step in range(steps + 1):
         if step in measured_at:
             loss = measure(model)
@@ -206,11 +225,15 @@ def train_arm(
         if step < steps:
             batch = next(text)
             tokens += batch["input_ids"].numel()
-            seconds.append(training_step(model, batch, optimizer, schedule))
-    block_size = batch["input_ids"].shape[1]
+            training_step(model, batch, optimizer, schedule)
+            after_step(model, steps - step - 1)
+    return points
+
+
+def with_training_flops(points: list[dict[str, Any]], model: PreTrainedModel, block_size: int) -> list[dict[str, Any]]:
+    """The points of a run that trained all parameters, each with its `training_flops` so far."""
     flops = PASSES_PER_STEP * forward_flops(model, block_size)
-    points = [point | {"training_flops": point["tokens"] * flops} for point in points]
-    return {"points": points, "step_seconds": statistics.median(seconds)}
+    return [point | {"training_flops": point["tokens"] * flops} for point in points]
 
 
 def interleaved_step_seconds(

@@ -197,7 +197,7 @@ class Study:
             )
             steps, held_out = settings.first_steps, {"code": self.evaluated("code/held_out")}
             rows = rows_in_order(self.rows("code/train"), seed, 0, steps * settings.first_batch_size)
-            run = train_arm(
+            points = train_arm(
                 f"seed {seed}, {kind}, code",
                 model,
                 batches(rows, settings.first_batch_size),
@@ -207,7 +207,7 @@ class Study:
                 measured_at=even_points(steps, 4),
             )
             model.save_pretrained(folder)
-            return {"points": run["points"]}
+            return {"points": points}
 
         not_read = {"steps", "task_rows", "batch_size", "learning_rates", "timing_rounds"}
         shared = {name: value for name, value in asdict(settings).items() if name not in not_read}
@@ -270,7 +270,7 @@ class Study:
         def build(folder: Path) -> dict[str, Any]:
             model = self.model(kind, seed)
             report = apply_scope(model, scope)
-            run = train_arm(
+            (after,) = train_arm(
                 name,
                 model,
                 self.task_text(task, seed),
@@ -280,7 +280,7 @@ class Study:
                 measured_at={settings.steps},
             )
             return {
-                "after": run["points"][-1]["loss"],
+                "after": after["loss"],
                 "trained_parameters": report.trainable_parameters,
                 "total_parameters": report.total_parameters,
             }

@@ -93,6 +93,19 @@ def test_08_mixed_specialists_know_what_both_know():
     assert rows["mix, trained on both"][-1] < min(rows["code specialist"][-1], rows["prose specialist"][-1])
 
 
+def test_09_compared_routers_all_learn_and_keep_to_their_number_of_experts():
+    output = run("09_compare_routers.py", "--steps", "20")
+    rows = {line[:28].strip(): line[28:].split() for line in output.split("held-out loss", 1)[1].splitlines()[1:]}
+    assert list(rows) == ["plain top-k", "sigmoid, groups, bias", "top-p"]
+    cells = {name: [float(cell) for cell in row] for name, row in rows.items()}
+    for before, after, violation, _ in cells.values():
+        assert after < before
+        assert violation >= 0
+    assert cells["plain top-k"][0] == cells["sigmoid, groups, bias"][0]
+    assert [row[-1] for row in cells.values()][:2] == [2.0, 2.0]
+    assert 1 <= cells["top-p"][-1] < 8
+
+
 def test_the_convolution_expert_can_be_chosen():
     assert run("convolution_expert.py") == ""
     config = MoEConfig(text_config=tiny_config("llama"), num_experts=4, extra_experts=["causal_convolution"])

@@ -70,6 +70,8 @@ def test_updates_balance_a_skewed_router():
         violations.append(float(counts.max() / counts.float().mean() - 1))
         bias += bias_update(counts, 1e-3)
     assert violations[0] == pytest.approx(1.35, abs=0.005)
+    # Another order of the draws ended at 0.036.
+    assert min(violations[-50:]) < 0.036 < max(violations[-50:])
     assert sum(violations[-20:]) / 20 < 0.06
     assert torch.all(bias.diff() < 0)
     assert bias[[0, -1]].tolist() == pytest.approx([0.205, -0.205], abs=0.005)
