@@ -26,7 +26,7 @@ def summary(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """By scope, spreads over seeds of one model and task.
 
     Returns:
-        `loss`: test loss after; `minus_all`: test loss minus that of the scope `all`, within each seed; `gap`: test
+        `loss`: test loss after; `minus_all`: test loss minus that of the scope `all`, within each seed; `gain`: what it fell by, over what it fell by with `all`; `gap`: test
         loss minus the loss of the trained rows; `forgetting`: loss of held-out code after minus before. `before` has
         `loss` and `gap` alone.
     """
@@ -40,6 +40,7 @@ def summary(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
         found[scope] = {
             "loss": spread(test),
             "minus_all": paired(test, all_),
+            "gain": spread([(b["test"] - a) / (b["test"] - c) for a, b, c in zip(test, before, all_, strict=True)]),
             "gap": _gap(after),
             "forgetting": paired([run["code"] for run in after], [run["code"] for run in before]),
         }
@@ -58,7 +59,7 @@ def markdown_table(results: dict[str, Any]) -> str:
             lines += [f"### {model['title']}: {name}", "", *_task_table(model, task), ""]
     lines += [
         f"Losses in nats/token, mean (standard deviation) over {seeds} seed(s), differences within each seed with the 95% "
-        "interval of their mean (Student's t). Gap: test loss minus that of the trained rows. Forgetting: held-out loss "
+        "interval of their mean (Student's t). Gain: what the test loss fell by, over what it fell by with `all`. Gap: test loss minus that of the trained rows. Forgetting: held-out loss "
         "of the first domain, after minus before. Step: process CPU time, one thread, all scopes in turns.",
         "",
         "Validation loss with seed 0 by learning rate; the best one was used with all seeds:",
@@ -78,13 +79,13 @@ def markdown_table(results: dict[str, Any]) -> str:
 def _task_table(model: dict[str, Any], task: dict[str, Any]) -> list[str]:
     found, seconds = summary(task), model["step_seconds"]
     lines = [
-        "| scope | trained | rate | test loss | minus all | gap | forgetting | step |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| before | | | {value_text(found['before']['loss'], 3)} | | {found['before']['gap']['mean']:+.3f} | | |",
+        "| scope | trained | rate | test loss | minus all | gain | gap | forgetting | step |",
+        "|---|---|---|---|---|---|---|---|---|",
+        f"| before | | | {value_text(found['before']['loss'], 3)} | | | {found['before']['gap']['mean']:+.3f} | | |",
     ]
     for scope, same in model["same"].items():
         if scope != same:
-            lines.append(f"| {scope} | the same parameters as {same} | | | | | | |")
+            lines.append(f"| {scope} | the same parameters as {same} | | | | | | | |")
             continue
         run, value = task[scope]["runs"][0], found[scope]
         share = run["trained_parameters"] / run["total_parameters"]
@@ -93,6 +94,7 @@ def _task_table(model: dict[str, Any], task: dict[str, Any]) -> list[str]:
             f"{task[scope]['rate']:g}",
             value_text(value["loss"], 3),
             "" if scope == "all" else difference_text(value["minus_all"], 3),
+            f"{value['gain']['mean']:.0%}",
             value_text(value["gap"], 3),
             f"{value['forgetting']['mean']:+.3f}"
             + if_known(f" {interval_text(value['forgetting'], 3)}", value["forgetting"]),

@@ -137,6 +137,10 @@ def test_summary_is_that_of_the_losses_seed_by_seed(results):
     assert found["moe"]["forgetting"]["per_seed"] == [after["code"] - before["code"] for after, before in runs]
     assert found["moe"]["gap"]["per_seed"] == [after["test"] - after["train"] for after, _ in runs]
     assert found["all"]["minus_all"]["per_seed"] == [0, 0]
+    assert found["all"]["gain"]["per_seed"] == [1, 1]
+    assert found["moe"]["gain"]["per_seed"][0] == pytest.approx(
+        (runs[0][1]["test"] - runs[0][0]["test"]) / (runs[0][1]["test"] - task["all"]["runs"][0]["after"]["test"])
+    )
     assert found["before"]["loss"]["per_seed"] == [before["test"] for _, before in runs]
 
 
