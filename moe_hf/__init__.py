@@ -13,6 +13,8 @@ _MODULES = {
     "MoEConfig": "moe_hf.modeling.configuration_moe",
     "MoEError": "moe_hf.modeling.configuration_moe",
     "MoEForCausalLM": "moe_hf.modeling.modeling_moe",
+    "MoEForSequenceClassification": "moe_hf.modeling.modeling_moe",
+    "MoEForTokenClassification": "moe_hf.modeling.modeling_moe",
     "MoEModel": "moe_hf.modeling.modeling_moe",
     "MoETrainer": "moe_hf.trainer",
     "MoETrainingArguments": "moe_hf.trainer",

@@ -24,11 +24,12 @@ MODELING_ORDER = [
     ("routing_ids", "presets"),
     "configuration_moe",
     ("routing", "dense_mlp"),
+    "dense_classes",
     ("experts", "extra_experts", "losses", "parallel_plans", "router_noise", "router_arch", "capacity", "multi_head"),
     ("token_choice", "segment_merge"),
     ("expert_choice", "soft_gates"),
     ("routers", "custom_code"),
-    "moe_block",
+    ("moe_block", "outputs"),
     "dynamic_class",
     "modeling_moe",
 ]

@@ -2,15 +2,29 @@
 
 from importlib import import_module
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from moe_hf.modeling.configuration_moe import MoEConfig
-from moe_hf.modeling.modeling_moe import MoEForCausalLM, MoEModel, MoEPreTrainedModel
+from moe_hf.modeling.modeling_moe import (
+    MoEForCausalLM,
+    MoEForSequenceClassification,
+    MoEForTokenClassification,
+    MoEModel,
+    MoEPreTrainedModel,
+)
 
 
 AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
 AutoModel.register(MoEConfig, MoEModel, exist_ok=True)
 AutoModelForCausalLM.register(MoEConfig, MoEForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(MoEConfig, MoEForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(MoEConfig, MoEForTokenClassification, exist_ok=True)
 
 
 def _push(model: MoEPreTrainedModel, repo_id: str, **kwargs):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .dense_classes import pickled_parents, unpickled_class
 from .dense_mlp import INLINE_ATTRIBUTE, MLPSite
 from .experts import Experts
 from .extra_experts import ExtraExpert
@@ -75,7 +76,8 @@ class Combined:
 
     def __reduce_ex__(self, protocol):
         # A class made at run time cannot be found by name; its two parents can.
-        return (_rebuild, (self._generic_class, self._dense_class), *super().__reduce_ex__(protocol)[2:])
+        parents = (self._generic_class, *pickled_parents(self._dense_class))
+        return (_rebuild, parents, *super().__reduce_ex__(protocol)[2:])
 
 
 @cache
@@ -119,9 +121,9 @@ def _forward_with_signature(generic: type, signature: inspect.Signature):
     return forward
 
 
-def _rebuild(generic: type, dense: type):
+def _rebuild(generic: type, *dense_parents: type):
     """Make an empty instance of a combined class, for unpickling."""
-    cls = combine(generic, dense)
+    cls = combine(generic, unpickled_class(*dense_parents))
     return cls.__new__(cls)
 
 

@@ -7,7 +7,6 @@ Letters: B batch, S sequence, T = B * S tokens, E experts, V vocabulary.
 """
 
 import inspect
-from dataclasses import dataclass, fields
 from functools import wraps
 
 import torch
@@ -15,69 +14,34 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.activations import ACT2FN
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_moe import MoEConfig, MoEError
 from .custom_code import CUSTOM_CODE  # noqa: F401 - importing it registers them
+from .dense_classes import LABEL_FIELDS, check_activation, classifier_class, decoder_class
 from .dense_mlp import activation_of, check_one_expert_reproduces, find_mlp_sites, holder_of
 from .dynamic_class import Combined, combine, put_block
-from .losses import LOSSES, LayerRouting, loss_coefficients, reward_predictions, sum_over_ranks
+from .losses import LOSSES, loss_coefficients, reward_predictions, sum_over_ranks
 from .moe_block import MoEBlock, RoutingPass, current_routing_pass, recompute_contexts, routing_pass, rows_are_aligned
+from .outputs import (
+    MoECausalLMOutput,
+    MoEModelOutput,
+    MoESequenceClassifierOutput,
+    MoETokenClassifierOutput,
+    extended,
+    mean_stats,
+)
 from .parallel_plans import expert_parallel_plan, tensor_parallel_plan, wildcard
 from .routers import ROUTERS, check_generation, router_spec, save_custom_code, why_no_cache
 from .routing_ids import extend_ids, open_experts, spread_ids, take_ids
-
-
-@dataclass
-class MoEModelOutput(MoeModelOutputWithPast):
-    """Output of [`MoEModel`].
-
-    Args:
-        router_logits (`tuple[torch.Tensor]`): raw logits per layer and (sub-)token, (T, E); with `output_router_logits`.
-        router_losses (`dict[str, torch.Tensor]`): unweighted router losses by name, means over layers.
-        router_stats (`dict[str, torch.Tensor]`): the routers' figures by name, such as `dropped_share`, means over layers.
-    """
-
-    router_losses: dict[str, torch.Tensor] | None = None
-    router_stats: dict[str, torch.Tensor] | None = None
-
-
-@dataclass
-class MoECausalLMOutput(MoeCausalLMOutputWithPast):
-    """Output of [`MoEForCausalLM`].
-
-    Args:
-        loss (`torch.Tensor`): the language-modelling loss; in training plus `aux_loss`.
-        aux_loss (`torch.Tensor`): weighted sum of the router losses; in training the very term that was added to
-            `loss`, in evaluation reported only, with `output_router_logits`.
-        router_logits (`tuple[torch.Tensor]`): raw logits per layer and (sub-)token, (T, E); with `output_router_logits`.
-        router_losses (`dict[str, torch.Tensor]`): unweighted router losses by name, means over layers.
-        router_stats (`dict[str, torch.Tensor]`): the routers' figures by name, such as `dropped_share`, means over layers.
-    """
-
-    router_losses: dict[str, torch.Tensor] | None = None
-    router_stats: dict[str, torch.Tensor] | None = None
-
-
-_KNOWN_FIELDS = {cls: frozenset(f.name for f in fields(cls)) for cls in (MoEModelOutput, MoECausalLMOutput)}
-
-
-def _extended(output_class: type, outputs, **more):
-    """`outputs` of the dense model as an `output_class`, with fields added; fields it does not know are kept too."""
-    known = _KNOWN_FIELDS[output_class]
-    result = output_class(**{k: v for k, v in outputs.items() if k in known and k not in more}, **more)
-    for name, value in outputs.items():
-        if name not in known:
-            result[name] = value
-    return result
 
 
 class MoEPreTrainedModel(Combined, PreTrainedModel):
@@ -104,12 +68,12 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
             # Not by class: transformers loads the two files of a local folder into modules that share no classes.
             if getattr(config, "model_type", None) != MoEConfig.model_type:
                 raise MoEError(f"{cls.__name__} needs a MoEConfig, and got {type(config).__name__}.")
-            cls = combine(cls, _dense_class(config, cls._dense_classes()))
+            cls = combine(cls, cls._find_dense_class(config))
         return super().__new__(cls)
 
     def __init__(self, config: MoEConfig, *args, **kwargs):
         text_config = config.text_config
-        _check_activation(text_config)
+        check_activation(text_config)
         # The dense classes inside have no experts, and refuse a request for an implementation of them.
         text_config._experts_implementation_internal = "eager"
         self._dense_class.__init__(self, text_config, *args, **kwargs)
@@ -188,11 +152,13 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         super()._set_gradient_checkpointing(enable, checkpointed, every_n_layers)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; the code that defines the model goes along, for all three Auto classes."""
+        """As in transformers; the code that defines the model goes along, for all Auto classes."""
         self.config.auto_map = {
             "AutoConfig": "configuration_moe.MoEConfig",
             "AutoModel": "modeling_moe.MoEModel",
             "AutoModelForCausalLM": "modeling_moe.MoEForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_moe.MoEForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_moe.MoEForTokenClassification",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
         save_custom_code(self.config, save_directory)
@@ -259,40 +225,12 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         return losses or None
 
 
-def _dense_class(config: MoEConfig, mapping) -> type:
-    text_config = config.text_config
-    not_decoder = f"text_config is a {type(text_config).__name__}, which is not a decoder; give a causal LM's."
-    if text_config.is_encoder_decoder:
-        raise MoEError(not_decoder)
-    try:
-        dense = mapping[type(text_config)]
-    except KeyError:
-        raise MoEError(
-            f"transformers has no causal language model for {type(text_config).__name__} "
-            f"(model_type {text_config.model_type!r}); give the config of a dense decoder."
-        ) from None
-    dense = dense[0] if isinstance(dense, tuple) else dense
-    arguments = inspect.signature(dense.forward).parameters
-    # Some pure decoders have the field too, and do not read it; what can be an encoder takes another's states.
-    is_encoder = "encoder_hidden_states" in arguments and getattr(text_config, "is_decoder", True) is False
-    if is_encoder or "decoder_input_ids" in arguments:
-        raise MoEError(not_decoder)
-    return dense
-
-
-def _check_activation(text_config: PreTrainedConfig) -> None:
-    for name in ("hidden_act", "hidden_activation", "activation_function"):
-        value = getattr(text_config, name, None)
-        if isinstance(value, str) and value not in ACT2FN:
-            raise MoEError(f"{name} of text_config is {value!r}; it must be one of {sorted(ACT2FN)}.")
-
-
 class MoEModel(MoEPreTrainedModel):
     """The decoder without a head. Its forward has the dense model's arguments, and `output_router_logits`."""
 
     @staticmethod
-    def _dense_classes():
-        return MODEL_MAPPING
+    def _find_dense_class(config: MoEConfig) -> type:
+        return decoder_class(config.text_config, MODEL_MAPPING)
 
     def forward(self, *args, **kwargs):
         """Run the dense model's forward; with recording, add the router logits and losses to its output."""
@@ -309,33 +247,20 @@ class MoEModel(MoEPreTrainedModel):
         with routing_pass(RoutingPass(record=self._wants_record(output_router_logits), has_model=True)) as current:
             self._describe_batch(current, named, ids)
             outputs = super().forward(**named, return_dict=True)
-        outputs = _extended(
+        outputs = extended(
             MoEModelOutput,
             outputs,
             router_logits=tuple(layer.router_logits for layer in current.layers) if output_router_logits else None,
             router_losses=self._router_losses(current, output_router_logits),
-            router_stats=_mean_stats(current.layers),
+            router_stats=mean_stats(current.layers),
         )
         return outputs if return_dict else outputs.to_tuple()
 
 
-class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
-    """The decoder with its language-modelling head; the dense model's arguments, and `output_router_logits`."""
+class _MoEWithHead(MoEPreTrainedModel):
+    """A decoder with a head that knows a loss, to which the router losses are added."""
 
-    @staticmethod
-    def _dense_classes():
-        return MODEL_FOR_CAUSAL_LM_MAPPING
-
-    @wraps(GenerationMixin.generate)
-    def generate(self, *args, **kwargs):
-        check_generation(self.config)
-        return super().generate(*args, **kwargs)
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens=1, **kwargs):
-        extend_ids(model_kwargs, num_new_tokens)
-        return super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, *args, num_new_tokens=num_new_tokens, **kwargs
-        )
+    _output_class: type = MoECausalLMOutput
 
     def forward(self, *args, **kwargs):
         """Run the dense model's forward; in training add the weighted router losses to its loss, once.
@@ -362,23 +287,79 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
                 aux_loss = aux_loss * _share_of_labels(named, aux_loss.dtype)
                 if loss is not None:
                     loss = loss + aux_loss.to(loss.device, loss.dtype)
-        outputs = _extended(
-            MoECausalLMOutput,
+        outputs = extended(
+            self._output_class,
             outputs,
             loss=loss,
             aux_loss=aux_loss,
             router_logits=tuple(layer.router_logits for layer in current.layers) if output_router_logits else None,
             router_losses=router_losses,
-            router_stats=_mean_stats(current.layers),
+            router_stats=mean_stats(current.layers),
         )
         return outputs if return_dict else outputs.to_tuple()
 
 
-def _mean_stats(layers: list[LayerRouting]) -> dict[str, torch.Tensor] | None:
-    """The figures that routers reported, by name, each the mean over the layers that have it."""
-    stats = [layer.routing.stats for layer in layers]
-    values = {name: [s[name] for s in stats if name in s] for name in sorted({name for s in stats for name in s})}
-    return {name: torch.stack([v.to(of[0].device) for v in of]).mean() for name, of in values.items()} or None
+class MoEForCausalLM(_MoEWithHead, GenerationMixin):
+    """The decoder with its language-modelling head; the dense model's arguments, and `output_router_logits`."""
+
+    @staticmethod
+    def _find_dense_class(config: MoEConfig) -> type:
+        return decoder_class(config.text_config, MODEL_FOR_CAUSAL_LM_MAPPING)
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        check_generation(self.config)
+        return super().generate(*args, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens=1, **kwargs):
+        extend_ids(model_kwargs, num_new_tokens)
+        return super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *args, num_new_tokens=num_new_tokens, **kwargs
+        )
+
+
+class _MoEClassifier(_MoEWithHead):
+    """A decoder with a classifier's head: the dense family's own, or transformers' generic one."""
+
+    # The dense heads average over a micro-batch and take no num_items_in_batch: Trainer has to divide by accumulation.
+    accepts_loss_kwargs = False
+    _label_mapping = None
+    _generic_head: type
+
+    @classmethod
+    def _find_dense_class(cls, config: MoEConfig) -> type:
+        decoder_class(config.text_config, MODEL_FOR_CAUSAL_LM_MAPPING)  # refuses what is no decoder
+        dense = classifier_class(config.text_config, cls._label_mapping, cls._generic_head)
+        if "decoder_input_ids" in inspect.signature(dense.forward).parameters:
+            raise MoEError(f"{dense.__name__} of transformers reads an encoder too, and MoEForCausalLM is a decoder.")
+        return dense
+
+    def __init__(self, config: MoEConfig, *args, **kwargs):
+        if config.router_loss_coefs.get("policy_gradient_loss"):
+            raise MoEError(
+                "policy_gradient_loss rewards predicted tokens, and a classifier predicts none: leave it out."
+            )
+        for name in LABEL_FIELDS:
+            setattr(config.text_config, name, getattr(config, name))
+        if not hasattr(config, "pad_token_id"):
+            config.pad_token_id = None  # heads ask for it, and some families have no such field
+        super().__init__(config, *args, **kwargs)
+
+
+class MoEForSequenceClassification(_MoEClassifier):
+    """The decoder with a head that gives each sequence one of `config.num_labels` labels, read at its last token."""
+
+    _output_class = MoESequenceClassifierOutput
+    _label_mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    _generic_head = GenericForSequenceClassification
+
+
+class MoEForTokenClassification(_MoEClassifier):
+    """The decoder with a head that gives each token one of `config.num_labels` labels."""
+
+    _output_class = MoETokenClassifierOutput
+    _label_mapping = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    _generic_head = GenericForTokenClassification
 
 
 def _share_of_labels(named: dict, dtype: torch.dtype) -> torch.Tensor | float:
@@ -396,5 +377,16 @@ def _share_of_labels(named: dict, dtype: torch.dtype) -> torch.Tensor | float:
 MoEConfig.register_for_auto_class()
 MoEModel.register_for_auto_class("AutoModel")
 MoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+MoEForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+MoEForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
-__all__ = ["MoECausalLMOutput", "MoEConfig", "MoEForCausalLM", "MoEModel", "MoEModelOutput", "MoEPreTrainedModel"]
+__all__ = [
+    "MoECausalLMOutput",
+    "MoEConfig",
+    "MoEForCausalLM",
+    "MoEForSequenceClassification",
+    "MoEForTokenClassification",
+    "MoEModel",
+    "MoEModelOutput",
+    "MoEPreTrainedModel",
+]

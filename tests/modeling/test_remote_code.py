@@ -16,7 +16,7 @@ from tests.tiny_models import random_ids, tiny_dense
 ISOLATED = """
 import importlib.util, json, sys
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
@@ -31,12 +31,13 @@ generated = model.generate(ids[:1, :4], max_new_tokens=6, do_sample=False)
 model.save_pretrained(again)
 second = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True).eval()
 base = AutoModel.from_pretrained(again, trust_remote_code=True)
+classifier = AutoModelForSequenceClassification.from_pretrained(again, trust_remote_code=True, num_labels=3)
 model.train()
 loss = model(ids, labels=ids)
 with torch.no_grad():
     torch.save({
         "logits": second(ids).logits, "generated": generated, "aux": loss.aux_loss.detach(),
-        "classes": [type(model).__name__, type(base).__name__, type(AutoConfig.from_pretrained(again, trust_remote_code=True)).__name__],
+        "classes": [type(model).__name__, type(base).__name__, type(classifier).__name__, type(AutoConfig.from_pretrained(again, trust_remote_code=True)).__name__],
         "implementation": second.config._experts_implementation, "local": "moe_hf" in sys.modules,
     }, again + "/result.pt")
 """
@@ -53,7 +54,13 @@ def test_code_travels_with_the_model(family, fields, tmp_path):
     ids = random_ids(2, 9)
     model.save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert set(config["auto_map"]) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+    }
     torch.save(ids, tmp_path / "saved" / "ids.pt")
     done = subprocess.run(
         [sys.executable, "-c", ISOLATED, str(tmp_path / "saved"), str(tmp_path / "again")],
@@ -66,7 +73,7 @@ def test_code_travels_with_the_model(family, fields, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     result = torch.load(tmp_path / "again" / "result.pt")
     assert not result["local"]
-    assert result["classes"] == ["MoEForCausalLM", "MoEModel", "MoEConfig"]
+    assert result["classes"] == ["MoEForCausalLM", "MoEModel", "MoEForSequenceClassification", "MoEConfig"]
     assert result["implementation"] == "grouped_mm"
     with torch.no_grad():
         # A kernel's last bit depends on where in memory the weights lie.
