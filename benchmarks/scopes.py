@@ -61,7 +61,7 @@ class Settings:
     first_steps: int = 500  # of training on code
     first_batch_size: int = 8
     first_learning_rate: float = 3e-3
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     vocab_size: int = 512
     code_characters: int = 8_000_000
     evaluation_rows: int = 64  # at most, of test, of trained rows and of held-out code; half for validation
