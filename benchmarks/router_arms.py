@@ -110,7 +110,7 @@ def _balance_and_capacity() -> dict[str, Arm]:
     return {
         "sigmoid": Arm("sigmoid scores", {"scoring_func": "sigmoid"}),
         "deepseek_v3": Arm("sigmoid, groups, bias", groups | {"bias_update_rate": 3e-3}),
-        "deepseek_v3_held": Arm("the same, bias held at 0", groups | {"bias_update_rate": 0.0}),
+        "deepseek_v3_held": Arm("sigmoid, groups, bias held at 0", groups | {"bias_update_rate": 0.0}),
         "drop": Arm("capacity 1, drop", FULL),
         "reroute": Arm("capacity 1, reroute", FULL | {"overflow_policy": "reroute"}),
         "choice_major": Arm("capacity 1, first choices first", FULL | NONCAUSAL | {"capacity_order": "choice_major"}),
@@ -143,9 +143,9 @@ def _architectures(settings: Settings) -> dict[str, Arm]:
             residual | {"shared_expert_intermediate_size": width, "num_experts_per_layer": pyramid},
         ),
         "extra_experts": Arm(
-            "zero, copy, 2 constant, K = 3",
-            {"extra_experts": ["zero", "copy", "constant", "constant"], "num_experts_per_tok": 3},
-            added=("extra_experts", "num_experts_per_tok"),
+            "zero, copy, 2 constant experts beside",
+            {"extra_experts": ["zero", "copy", "constant", "constant"]},
+            added=("extra_experts",),
         ),
         "new_experts": Arm("plain top-k, new experts", new_experts=True, changes="nothing"),
         "multi_head": Arm("multi-head, new experts", heads, new_experts=True, changes="experts"),
@@ -160,7 +160,9 @@ def _deciders() -> dict[str, Arm]:
         "task": Arm("task level", {"routing_level": "task", "num_tasks": 2}, reads_task=True),
         "router_per_task": Arm("a router per task", {"router_per_task": True, "num_tasks": 2}, reads_task=True),
         "expert_groups": Arm("groups of experts by task", groups, reads_task=True),
-        "expert_group_prior": Arm("the same as a prior of 1", groups | {"expert_group_prior": 1.0}, reads_task=True),
+        "expert_group_prior": Arm(
+            "a prior of 1 for groups by task", groups | {"expert_group_prior": 1.0}, reads_task=True
+        ),
     }
 
 

@@ -130,11 +130,13 @@ def routers_plot(results: dict[str, Any], path: Path) -> None:
         costs.plot(ratio(arm, reference, "flops_per_token"), place, "d", color="C1")
         costs.plot(spread([run["time_ratio"] for run in arm["runs"]])["mean"], place, "o", color="C0")
     losses.set_yticks(range(len(order)), [name_of(arms[name]) for name in order])
-    losses.invert_yaxis()
     losses.set_xlabel("held-out loss minus plain top-k, nats/token\ndots: seeds; bars: 95% interval of the mean")
     loads.set_xlabel("load: MaxVio (dots), CV (diamonds)")
     costs.set_xlabel("over plain top-k: CPU time (dots),\nactive FLOPs (diamonds)")
     costs.axvline(1, color="grey", linewidth=0.8)
+    costs.set_xscale("log", base=2)
+    costs.xaxis.set_major_formatter("{x:g}")
+    losses.set_ylim(len(order) - 0.5, -0.5)
     first_not_causal = next((i for i, name in enumerate(order) if not arms[name]["runs"][0]["is_causal"]), None)
     for panel in (losses, loads, costs):
         panel.grid(alpha=0.3)
@@ -159,7 +161,8 @@ def _draw_differences(panel: plt.Axes, found: list[dict[str, Any]]) -> None:
                 f"{value['mean']:+.2f} >", (right, place), ha="right", va="center", fontsize="small", color="C3"
             )
             continue
-        color = "C0" if abs(value["mean"]) <= value["interval_95"] or not any(value["per_seed"]) else "C3"
+        # Red where the interval leaves out 0; a single seed has none.
+        color = "C3" if abs(value["mean"]) > value["interval_95"] > 0 else "C0"
         if len(value["per_seed"]) > 1:
             panel.errorbar(value["mean"], place, xerr=value["interval_95"], color=color, alpha=0.4, linewidth=4)
         panel.plot(value["per_seed"], [place] * len(value["per_seed"]), ".", color=color)

@@ -3,7 +3,7 @@
 Torch and transformers are imported inside the commands, so that help and mistakes in the arguments answer at once.
 """
 
-from moe_hf.cli import export, inspect, surgery, upcycle, verify
+from moe_hf.cli import experts, export, inspect, plan, surgery, upcycle, verify
 from moe_hf.cli.app import app, main
 
 
@@ -14,6 +14,7 @@ for _name, _command in (
     ("upcycle", upcycle.upcycle),
     ("verify", verify.verify),
     ("inspect", inspect.inspect),
+    ("plan", plan.plan),
     ("export", export.export),
     ("import", export.import_),
     ("grow-experts", surgery.grow_experts),
@@ -21,5 +22,8 @@ for _name, _command in (
     ("remove-experts", surgery.remove_experts),
     ("replace-experts", surgery.replace_experts),
     ("to-dense", surgery.to_dense),
+    ("score-experts", experts.score_experts),
+    ("select-experts", experts.select_experts),
+    ("merge-deltas", experts.merge_deltas),
 ):
     app.command(_name)(_command)

@@ -6,18 +6,29 @@ this package's models and transformers' own (Mixtral, Qwen3-MoE, OLMoE, GLM4-MoE
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from moe_hf.errors import MoEError
+from moe_hf.finetuning.expert_selection import ExpertSelection
+from moe_hf.finetuning.moe_blocks import find_moe_blocks
+from moe_hf.finetuning.selected_experts import (
+    merge_selected_experts,
+    selected_parameter_names,
+    split_selected_experts,
+)
 from moe_hf.modeling.dense_mlp import MLP_ATTRIBUTES, PROJECTIONS
 
 
 SCOPES = {
     "moe": "routed experts, shared experts and router of each MoE block",
     "experts": "weights of the routed experts",
+    "selected": "chosen experts of each layer, in parameters of their own",
     "router": "routers",
     "shared": "shared experts and their gates",
     "non_moe": "everything outside the MoE blocks",
@@ -30,7 +41,10 @@ PROJECTION_NAMES = {name for row in PROJECTIONS for name in row if name is not N
 
 @dataclass(frozen=True)
 class ScopeReport:
-    """What trains after `apply_scope`: counts in parameters, sizes in bytes as stored, names of parameters."""
+    """What trains after `apply_scope`: counts in parameters, sizes in bytes as stored, names of parameters.
+
+    A chosen expert counts once in `total_parameters`, though its frozen row stays in memory beside the one that trains.
+    """
 
     scope: str
     trainable_parameters: int
@@ -47,44 +61,85 @@ class ScopeReport:
 
 
 def apply_scope(
-    model: nn.Module, scope: str = "moe", *, master_dtype: torch.dtype | None = torch.float32
+    model: nn.Module,
+    scope: str = "moe",
+    *,
+    master_dtype: torch.dtype | None = torch.float32,
+    expert_selection: ExpertSelection | Mapping[str, Any] | str | Path | None = None,
 ) -> ScopeReport:
     """Freeze `model` outside `scope` and make the parameters in it trainable.
 
     Args:
-        scope (`str`): one of `SCOPES`.
+        scope (`str`): one of `SCOPES`. With `selected` the chosen experts get parameters of their own, which are part of the
+            state dict in their old places; any other scope afterwards puts them back.
         master_dtype (`torch.dtype`, *optional*): dtype that trained parameters are converted to, in place. An AdamW step
             at a learning rate of 1e-5 is lost in bf16's 8 bits, so fp32; train with autocast (`bf16=True`) when the
             frozen rest stays in bf16. `None` leaves dtypes alone.
+        expert_selection (`ExpertSelection`, `dict` or `str`, *optional*): for the scope `selected`: the chosen experts, as
+            an object, as `{layer: [ids]}`, or as the path of a JSON file of `select_experts`.
 
     Raises:
-        MoEError: an unknown scope, or one that matches no parameter; the model is then unchanged.
+        MoEError: an unknown scope, or one that matches no parameter; a selection that does not fit; the model is then
+            unchanged.
     """
-    names = scope_parameter_names(model, scope)
-    wanted = set(names)
-    trainable_bytes = 0
+    _check_scope(scope)
+    if (scope == "selected") != (expert_selection is not None):
+        raise MoEError(
+            "The scope 'selected' needs expert_selection, which experts: a JSON file of `moe-hf select-experts`, or "
+            f"{{layer: [ids]}}; other scopes take none. Given: scope {scope!r}, expert_selection {expert_selection!r}."
+        )
+    if scope == "selected":
+        selection = ExpertSelection.load(expert_selection)
+        # Names that do not match are found before anything is changed.
+        others = _other_names(model, selection)
+        wanted = set(split_selected_experts(model, selection, master_dtype)) | others
+        names = tuple(name for name, _ in model.named_parameters() if name in wanted)
+    else:
+        scope_parameter_names(model, scope)
+        merge_selected_experts(model)
+        names = scope_parameter_names(model, scope)
+        wanted = set(names)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in wanted)
-        if name not in wanted:
-            continue
-        if master_dtype is not None and parameter.dtype != master_dtype:
+        if name in wanted and master_dtype is not None and parameter.dtype != master_dtype:
             parameter.data = parameter.data.to(master_dtype)
-        trainable_bytes += parameter.numel() * parameter.element_size()
+    return report_scope(model, scope)
+
+
+def report_scope(model: nn.Module, scope: str) -> ScopeReport:
+    """Say what of `model` trains now, under the name `scope`."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    twice = set(selected_parameter_names(model))
     return ScopeReport(
         scope=scope,
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_parameters=sum(p.numel() for p in model.parameters()),
-        trainable_bytes=trainable_bytes,
-        names=names,
+        trainable_parameters=sum(p.numel() for p in trained.values()),
+        total_parameters=sum(p.numel() for name, p in model.named_parameters() if name not in twice),
+        trainable_bytes=sum(p.numel() * p.element_size() for p in trained.values()),
+        names=tuple(trained),
     )
 
 
-def scope_parameter_names(model: nn.Module, scope: str) -> tuple[str, ...]:
-    """Return the names of the parameters in `scope`, in the model's order; tied parameters appear once."""
+def _other_names(model: nn.Module, selection: ExpertSelection) -> set[str]:
+    """What trains beside the chosen experts."""
+    names = set()
+    for wanted, scope in ((selection.shared_experts, "shared"), (selection.non_expert_modules, "non_moe")):
+        names |= set(scope_parameter_names(model, scope)) if wanted else set()
+    return names
+
+
+def _check_scope(scope: str) -> None:
     if scope not in SCOPES:
         nearest = difflib.get_close_matches(str(scope), SCOPES, n=1)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise MoEError(f"Unknown scope {scope!r}; scopes are {', '.join(SCOPES)}.{hint}")
+
+
+def scope_parameter_names(model: nn.Module, scope: str) -> tuple[str, ...]:
+    """Return the names of the parameters in `scope`, in the model's order; tied parameters appear once.
+
+    Those of `selected` are there after `apply_scope` only.
+    """
+    _check_scope(scope)
     parts = _parameter_parts(model)
     if scope == "moe":
         chosen = {name for name, part in parts.items() if part in ("experts", "router", "shared", "moe")}
@@ -94,6 +149,8 @@ def scope_parameter_names(model: nn.Module, scope: str) -> tuple[str, ...]:
         chosen = {name for name, part in parts.items() if part == "dense" and _is_attention(name)}
     elif scope == "ffn":
         chosen = {name for name, part in parts.items() if part != "dense" or _is_dense_mlp(name)}
+    elif scope == "selected":
+        chosen = set(selected_parameter_names(model))
     elif scope == "all":
         chosen = set(parts)
     else:
@@ -106,20 +163,6 @@ def scope_parameter_names(model: nn.Module, scope: str) -> tuple[str, ...]:
             "Upcycle a dense model first, or choose another scope."
         )
     return tuple(name for name in parts if name in chosen)
-
-
-def find_moe_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that have a child `experts` whose matrices are stacked over experts, by name."""
-    return {name: module for name, module in model.named_modules() if _holds_experts(module)}
-
-
-def _holds_experts(module: nn.Module) -> bool:
-    experts = dict(module.named_children()).get("experts")
-    if experts is None:
-        return False
-    if isinstance(experts, nn.ModuleList):
-        return len(experts) > 0
-    return any(parameter.ndim >= 3 for parameter in experts.parameters())
 
 
 def _parameter_parts(model: nn.Module) -> dict[str, str]:

@@ -11,9 +11,7 @@ import torch
 from torch import nn
 
 from moe_hf.errors import MoEError
-
-
-ROUTER_NAMES = ("gate", "router")
+from moe_hf.router_outputs import find_routers, real_choices
 
 
 @dataclass(frozen=True)
@@ -46,19 +44,6 @@ class RoutingCounts:
 def _relative_load(counts: torch.Tensor) -> torch.Tensor:
     total = counts.sum(-1, keepdim=True).clamp_min(1)
     return counts.double() * counts.shape[-1] / total
-
-
-def find_routers(model: nn.Module) -> dict[str, nn.Module]:
-    """The routers of a model by the name of their block: the child `gate` or `router` beside a child `experts`."""
-    routers = {}
-    for name, module in model.named_modules():
-        children = dict(module.named_children())
-        if "experts" not in children:
-            continue
-        router = next((children[child] for child in ROUTER_NAMES if child in children), None)
-        if router is not None:
-            routers[name] = router
-    return routers
 
 
 @torch.no_grad()
@@ -115,17 +100,7 @@ class _Counter:
         layer = self.layers.index(name)
 
         def count(module: nn.Module, args: tuple, output: Any) -> None:
-            if not isinstance(output, tuple) or len(output) < 3:
-                raise MoEError(
-                    f"The router {name} ({type(module).__name__}) returns no (logits, weights, index): its choices cannot "
-                    "be counted."
-                )
-            index = output[2]
-            if self.mask is not None:
-                # A router of sub-tokens has several rows per token.
-                mask = self.mask.repeat_interleave(len(output[0]) // len(self.mask))
-                token_index = output[3] if len(output) > 3 else None
-                index = index[mask if token_index is None else mask[token_index]]
+            _, index = real_choices(module, output, self.mask)
             self.counts[self.domain, layer] += index.flatten().bincount(minlength=self.counts.shape[-1]).cpu()
 
         return count

@@ -15,6 +15,10 @@ from transformers import HfArgumentParser, TrainingArguments
 from moe_hf.data import BUILTIN_CORPUS
 from moe_hf.errors import MoEError
 from moe_hf.resources import resource_path
+from moe_hf.trainer.parameter_groups import PartRates
+
+
+TELEMETRY = ("off", "brief", "detailed")
 
 
 @dataclass
@@ -24,12 +28,59 @@ class MoETrainingArguments(TrainingArguments):
     scope: str | None = field(
         default=None,
         metadata={
-            "help": "What trains: moe, experts, router, shared, non_moe, attention, ffn or all. Unset: the parameters "
-            "that already require gradients."
+            "help": "What trains: moe, experts, selected, expert_lora, router, shared, non_moe, attention, ffn or all. "
+            "Unset: the parameters that already require gradients."
         },
     )
+    expert_selection: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "For the scopes selected and expert_lora, which experts: a JSON file of `moe-hf select-experts`, or a map of layers to "
+            "lists of ids."
+        },
+    )
+    expert_lora_r: int = field(default=8, metadata={"help": "Rank of the adapters of the scope expert_lora."})
+    expert_lora_alpha: float = field(default=16.0, metadata={"help": "Their scale times their rank."})
+    expert_lora_dropout: float = field(default=0.0, metadata={"help": "Share of their inputs that is dropped."})
     fp32_masters: bool = field(
         default=True, metadata={"help": "Convert the parameters of `scope` to float32; the rest keeps its dtype."}
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={"help": "Coefficient of the load-balancing loss, in the model's own units. Unset: the model's own."},
+    )
+    router_z_loss_coef: float | None = field(
+        default=None, metadata={"help": "Coefficient of the router z-loss. Unset: the model's own, or 0."}
+    )
+    balance_loss_scope: str | None = field(
+        default=None,
+        metadata={
+            "help": "Over which tokens the load-balancing loss is taken: micro_batch, sequence or global_batch (all "
+            "processes and micro-batches of a step). Unset: the model's own, or micro_batch."
+        },
+    )
+    router_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the routers. Unset: that of the rest."}
+    )
+    expert_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the routed experts. Unset: that of the rest."}
+    )
+    router_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the routers. Unset: that of the rest."}
+    )
+    expert_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the routed experts. Unset: that of the rest."}
+    )
+    skip_idle_experts: bool = field(
+        default=False,
+        metadata={"help": "Experts that saw no token in a step are not moved by weight decay and momentum either."},
+    )
+    expert_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout inside the routed experts, in [0, 1), in this run only."}
+    )
+    routing_telemetry: str = field(
+        default="brief",
+        metadata={"help": "What is logged of the routers: off, brief (means, worst layer) or detailed (all)."},
     )
     # The filter reports a diverged run as loss 0.
     logging_nan_inf_filter: bool = field(
@@ -47,7 +98,21 @@ class MoETrainingArguments(TrainingArguments):
             raise MoEError(
                 f"hub_strategy={self.hub_strategy!r}: only 'end' carries the model's code. Set it to 'end'."
             )
+        if self.routing_telemetry not in TELEMETRY:
+            raise MoEError(f"routing_telemetry is {self.routing_telemetry!r}; it must be one of {list(TELEMETRY)}.")
+        self.part_rates()
+        if self.expert_selection is not None and self.scope not in ("selected", "expert_lora"):
+            raise MoEError(f"expert_selection is for the scopes selected and expert_lora; scope is {self.scope!r}.")
         super().__post_init__()
+
+    def part_rates(self) -> PartRates:
+        """The rates and decays that routers and experts have of their own."""
+        return PartRates(**{f.name: getattr(self, f.name) for f in fields(PartRates)})
+
+    def router_loss_arguments(self) -> dict[str, Any]:
+        """What `RouterLosses` is given."""
+        names = ("router_aux_loss_coef", "router_z_loss_coef", "balance_loss_scope")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -56,7 +121,9 @@ class FinetuneArguments(MoETrainingArguments):
 
     scope: str | None = field(
         default="moe",
-        metadata={"help": "What trains: moe, experts, router, shared, non_moe, attention, ffn or all."},
+        metadata={
+            "help": "What trains: moe, experts, selected, expert_lora, router, shared, non_moe, attention, ffn or all."
+        },
     )
 
 
@@ -71,6 +138,36 @@ class ModelArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     experts_implementation: str | None = field(default=None, metadata={"help": "eager, grouped_mm or batched_mm."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the checkpoint."})
+    upcycle: dict | str | None = field(
+        default=None,
+        metadata={"help": "Turn `model`, a dense one, into a MoE first: arguments of moe_hf.upcycle, a map or JSON."},
+    )
+    control: str | None = field(
+        default=None,
+        metadata={
+            "help": "A dense model that is trained by the same recipe after it, for comparison: a folder, a Hub id, or "
+            "`parent` for the one that the MoE was made from."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.upcycle = json_map("upcycle", self.upcycle)
+
+
+def json_map(name: str, value: dict | str | None) -> dict | None:
+    """`value` as a map; on the command line it is JSON.
+
+    Raises:
+        MoEError: it is something else.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise MoEError(f"{name} is not JSON: {error}.") from error
+    if value is not None and not isinstance(value, dict):
+        raise MoEError(f"{name} is {value!r}; it must be a map of names and values.")
+    return value
 
 
 @dataclass
@@ -87,12 +184,8 @@ class ConfigArguments:
     tokenizer_vocab_size: int = field(default=4096, metadata={"help": "Vocabulary of the tokenizer that is trained."})
 
     def __post_init__(self) -> None:
-        if isinstance(self.model_config, str):
-            try:
-                self.model_config = json.loads(self.model_config)
-            except json.JSONDecodeError as error:
-                raise MoEError(f"model_config is not JSON: {error}.") from error
-        if not isinstance(self.model_config, dict) or "model_type" not in self.model_config:
+        self.model_config = json_map("model_config", self.model_config)
+        if self.model_config is None or "model_type" not in self.model_config:
             raise MoEError("model_config needs the fields of a config with its model_type, e.g. {model_type: llama}.")
 
 
@@ -101,11 +194,25 @@ class DataArguments:
     """Which text, how much is held out, and how it is cut."""
 
     dataset: str = field(
-        default=BUILTIN_CORPUS, metadata={"help": "`builtin`, a file or folder of text, or the name of a Hub dataset."}
+        default=BUILTIN_CORPUS,
+        metadata={
+            "help": "`builtin` or another built-in name, a file or folder of text, or the name of a Hub dataset."
+        },
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     text_column: str = field(default="text", metadata={"help": "Column with the text."})
     domains: list[str] | None = field(default=None, metadata={"help": "Keep these domains only."})
+    ids_from_domain: str | None = field(
+        default=None,
+        metadata={
+            "help": "Give each document the number of its domain (in alphabetical order) as this id for the routers: "
+            "task_ids, language_ids or modality_ids."
+        },
+    )
+    augment: list[str] | None = field(
+        default=None,
+        metadata={"help": "Change the text of training documents: see moe_hf.augmentation.AUGMENTATIONS."},
+    )
     held_out_share: float = field(default=0.05, metadata={"help": "Share of each domain's documents for evaluation."})
     split_seed: int = field(default=0, metadata={"help": "Seed of the choice of held-out documents."})
     block_size: int = field(default=256, metadata={"help": "Tokens per row."})

@@ -14,6 +14,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
+from moe_hf.finetuning.expert_deltas import DELTAS_NAME, load_expert_deltas
+from moe_hf.finetuning.lora_files import LORA_NAME, load_expert_lora
 from moe_hf.saving import check_shard_index, publish_folder, temporary_sibling, verify_manifest
 
 
@@ -80,11 +82,19 @@ def load_weights_(model: PreTrainedModel, folder: str | Path) -> None:
     """Load all weights of `folder` into `model`, through the conversion that `from_pretrained` does.
 
     A plain `load_state_dict` finds no experts in a checkpoint that stores them one by one. Values are read in the
-    widest dtype of `model`, so float32 masters beside a bf16 rest come back bit by bit.
+    widest dtype of `model`, so float32 masters beside a bf16 rest come back bit by bit. A checkpoint of the scope
+    `selected` has the trained experts alone, one with adapters these alone.
 
     Raises:
-        MoEError: weights are missing, left over or of another shape; `model` is then unchanged.
+        MoEError: weights are missing, left over or of another shape; or trained experts belong to another base model or
+            another choice; `model` is then unchanged.
     """
+    if (Path(folder) / DELTAS_NAME).is_file():
+        load_expert_deltas(model, folder)
+        return
+    if (Path(folder) / LORA_NAME).is_file():
+        load_expert_lora(model, folder)
+        return
     check_shard_index(folder)
     is_double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
     try:

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from moe_hf.errors import MoEError
 from moe_hf.modeling.losses import sum_over_ranks
+from moe_hf.trainer.router_watch import ForwardPass
 
 
 BIAS = "e_score_correction_bias"
@@ -116,7 +117,7 @@ def start_counting(model: nn.Module) -> list[RemovableHandle]:
     Returns:
         The hooks' handles, for `stop_counting`.
     """
-    handles, forward = [], _Forward()
+    handles, forward = [], ForwardPass()
     for module in model.modules():
         # Not hasattr: adapters' wrappers pass on what the wrapped router has.
         if "step_counts" in vars(module):
@@ -143,36 +144,18 @@ def stop_counting(model: nn.Module, handles: list[RemovableHandle]) -> None:
 
 
 @dataclass
-class _Forward:
-    """The forward pass of a model that runs, seen from its outside."""
-
-    counts: bool = False
-    token_mask: torch.Tensor | None = None
-
-    def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.counts = model.training and torch.is_grad_enabled()
-        mask = kwargs.get("attention_mask")
-        self.token_mask = mask.reshape(-1) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-
-    def end(self, model: nn.Module, args: tuple, output: object) -> None:
-        self.counts, self.token_mask = False, None
-
-
-@dataclass
 class _CountChoices:
     """A hook on the experts of one block of a transformers model: adds up the choices that they are called with."""
 
     owner: nn.Module
-    forward: _Forward
+    forward: ForwardPass
 
     def __call__(self, experts: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not self.forward.counts:
+        if not self.forward.is_step:
             return
         index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]  # (T, K)
-        mask = self.forward.token_mask
+        mask = self.forward.spread(self.forward.token_mask, len(index))
         real = index.new_ones(len(index)) if mask is None else mask.to(index.device, index.dtype)
-        if len(real) != len(index):
-            raise MoEError(f"{len(index)} tokens were routed, and the attention mask is about {len(real)}.")
         counts = vars(self.owner).get("step_counts")
         counts = _no_counts(self.owner) if counts is None else counts
         real = real[:, None].expand(index.shape).reshape(-1)
@@ -225,3 +208,14 @@ class ExpertBalanceCallback(TrainerCallback):
         """Stop counting."""
         stop_counting(model, self._handles)
         self._handles = []
+
+
+def add_balance_callback(trainer: Trainer) -> None:
+    """Add an `ExpertBalanceCallback` to the trainer of a model whose routers follow whole optimizer steps, once."""
+    config = getattr(trainer.model, "config", None)
+    has_bias = getattr(config, "balance_strategy", None) == "bias"
+    counts_steps = getattr(config, "balance_loss_scope", None) == "global_batch"
+    given = any(isinstance(callback, ExpertBalanceCallback) for callback in trainer.callback_handler.callbacks)
+    keeps_state = any(vars(module).get("state_names") for module in trainer.model.modules())
+    if (has_bias or counts_steps or keeps_state) and not given:
+        trainer.add_callback(ExpertBalanceCallback())

@@ -1,6 +1,5 @@
 """`MoETrainer`: transformers' Trainer with checkpoints that can be trusted and losses that a MoE needs."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,45 +7,56 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
-from moe_hf.finetuning.scopes import ScopeReport, apply_scope
+from moe_hf.finetuning.expert_deltas import DELTAS_NAME, save_expert_deltas
+from moe_hf.finetuning.expert_lora import add_expert_lora, lora_adapters, merge_expert_lora, unmerge_expert_lora
+from moe_hf.finetuning.lora_config import ExpertLoraConfig
+from moe_hf.finetuning.lora_files import LORA_NAME, save_expert_lora
+from moe_hf.finetuning.lora_sharding import is_sharded
+from moe_hf.finetuning.scopes import ScopeReport, apply_scope, report_scope
 from moe_hf.hub import push_model
-from moe_hf.modeling.configuration_moe import MoEConfig
-from moe_hf.modeling.losses import loss_coefficients
 from moe_hf.reporting.card import model_card
 from moe_hf.trainer.arguments import MoETrainingArguments
 from moe_hf.trainer.checkpoints import agree, choose_checkpoint, load_weights_, shared_folder
-from moe_hf.trainer.expert_balance import ExpertBalanceCallback
-from moe_hf.trainer.routing_logs import RoutingLogs
+from moe_hf.trainer.step_trainer import StepTrainer
 
 
 logger = logging.get_logger(__name__)
 
 FINAL_FOLDER = "final"
+LORA_SCOPE = "expert_lora"
 TRAINING_ARGS_PICKLE = "training_args.bin"
 TRAINER_STATE = "trainer_state.json"
 
 
-class MoETrainer(Trainer):
+class MoETrainer(StepTrainer):
     """`transformers.Trainer` for MoE models: this package's, transformers' own, and their dense controls.
 
     What differs from `Trainer`:
 
-    - `args.scope` freezes everything outside one part of the model before the optimizer is made (`scope_report`).
+    - `args.scope` freezes everything outside one part of the model before the optimizer is made (`scope_report`). With
+      the scope `selected` checkpoints hold what trains (`expert_deltas.safetensors`), and `save_model` the whole model.
+      With adapters of experts (the scope `expert_lora`, or `add_expert_lora` before) checkpoints hold these
+      (`expert_lora.safetensors`), and `save_model` writes the whole model, merged, with the adapters beside it; the
+      adapters alone where experts are sharded.
     - Checkpoints appear whole, with a manifest of checksums, or not at all; resuming takes the newest one that is
       whole, says which, and loads every weight or refuses. `Trainer` loses the experts of a checkpoint that stores
       them one by one.
     - `save_model()` writes a new folder (`output_dir/final` by default), with the dtypes that the model came with.
-    - A loss that is not finite ends the run instead of being logged as 0.
-    - Router losses are added by the model's forward, weighted by labels, so they do not change with accumulation or the
-      number of processes; what would drop them (label smoothing, `compute_loss_func`) is refused.
+    - A loss or a gradient that is not finite ends the run before the optimizer step, and is named (`check_finite`).
+    - Router losses enter the loss once, per layer, weighted by labels, so that they do not change with accumulation, the
+      number of processes, label smoothing, `compute_loss_func` or a fused head; also for the models of transformers,
+      on by default with the model's own coefficient (`RouterLosses`).
     - Correction biases of the routers move after each optimizer step, and `balance_loss_scope="global_batch"` counts
       its micro-batches (`ExpertBalanceCallback`).
+    - The load of the routers is in the training logs (`RoutingTelemetryCallback`).
+    - Routers and experts may have a learning rate and a weight decay of their own, experts that saw no token may be left
+      alone, and experts may have a dropout of their own: see `MoETrainingArguments`.
 
     Args:
         model (`PreTrainedModel`): the model to train.
@@ -59,18 +69,22 @@ class MoETrainer(Trainer):
             args = MoETrainingArguments(output_dir="trainer_output")
         self._given_dtypes = {name: p.dtype for name, p in model.named_parameters()}
         self.scope_report: ScopeReport | None = None
-        self._routing_logs = RoutingLogs()
-        if isinstance(args, MoETrainingArguments) and args.scope is not None:
+        if isinstance(args, MoETrainingArguments) and args.scope == LORA_SCOPE:
+            add_expert_lora(model, _lora_config(args))
+            self.scope_report = report_scope(model, LORA_SCOPE)
+        elif isinstance(args, MoETrainingArguments) and args.scope is not None:
             master_dtype = torch.float32 if args.fp32_masters else None
-            self.scope_report = apply_scope(model, args.scope, master_dtype=master_dtype)
+            self.scope_report = apply_scope(
+                model, args.scope, master_dtype=master_dtype, expert_selection=args.expert_selection
+            )
         _check_trainable(model)
-        _refuse_lost_router_losses(model, args, kwargs)
         _choose_autocast(args, model, set(self._given_dtypes.values()))
         args.logging_nan_inf_filter = False
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
-        super().__init__(model, args, **kwargs)
-        _balance_experts(self)
+        super().__init__(model=model, args=args, **kwargs)
+        if self._trains_selected() and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise MoEError("The scope selected trains in one process or with DDP, not with FSDP or DeepSpeed.")
         if self.scope_report is not None and self.is_world_process_zero():
             print(self.scope_report)
 
@@ -88,28 +102,6 @@ class MoETrainer(Trainer):
             print(f"Resuming from {checkpoint}, whose manifest holds.")
         return super().train(checkpoint, *args, **kwargs)
 
-    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs):
-        """As `Trainer.compute_loss`; in training the routers' losses and figures are kept for the next log."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if model.training:
-            self._routing_logs.add(outputs)
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log, and end the run at a loss that is not finite: the weights are lost from then on.
-
-        A training log also has what the routers reported since the last one: unweighted losses and figures such as
-        `dropped_share`, means over the micro-batches of this process.
-        """
-        if "loss" in logs:
-            logs |= self._routing_logs.take()
-        super().log(logs, *args, **kwargs)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise MoEError(
-                f"The loss is {logs['loss']} at step {self.state.global_step}. Lower the learning rate or look at the "
-                "data; resume from a checkpoint before this step."
-            )
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write model, code and tokenizer to a new folder with a manifest, in the dtypes the model came with.
 
@@ -121,7 +113,13 @@ class MoETrainer(Trainer):
             return
         destination = output_dir or Path(self.args.output_dir) / FINAL_FOLDER
         with self._folder(destination) as folder, self._given_dtypes_restored():
-            super().save_model(str(folder), _internal_call=True)
+            has_adapters = bool(lora_adapters(self._unwrapped()))
+            if has_adapters:
+                self._save_lora(folder)
+            # Adapters of experts that are spread over processes are merged on a whole model, later.
+            if not (has_adapters and is_sharded(self._unwrapped())):
+                with self._adapters_merged():
+                    super().save_model(str(folder), _internal_call=True)
             if self.args.should_save:
                 card = model_card(self._unwrapped(), has_tokenizer=self.processing_class is not None)
                 card.save(folder / "README.md")
@@ -144,7 +142,7 @@ class MoETrainer(Trainer):
         """
         if not self.is_world_process_zero():
             return None
-        with self._given_dtypes_restored():
+        with self._given_dtypes_restored(), self._adapters_merged():
             return push_model(
                 self._unwrapped(),
                 self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
@@ -185,6 +183,19 @@ class MoETrainer(Trainer):
             for parameter, data in masters.items():
                 parameter.data = data
 
+    @contextmanager
+    def _adapters_merged(self) -> Iterator[None]:
+        """Add adapters of experts to the weights, for the time of a save."""
+        model = self._unwrapped()
+        if not lora_adapters(model):
+            yield
+            return
+        merge_expert_lora(model)
+        try:
+            yield
+        finally:
+            unmerge_expert_lora(model)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
         # A pickle of local paths and settings that nothing reads again.
@@ -202,7 +213,12 @@ class MoETrainer(Trainer):
                 self.state.best_model_checkpoint = str(best)
         # A folder of this name is a damaged checkpoint that resuming skipped.
         with self._folder(final, replace=True) as folder:
-            self.save_model(str(folder), _internal_call=True)
+            if self._trains_selected():
+                self._save_deltas(folder)
+            elif lora_adapters(self._unwrapped()):
+                self._save_lora(folder)
+            else:
+                self.save_model(str(folder), _internal_call=True)
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_scaler(str(folder))
@@ -217,6 +233,21 @@ class MoETrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _trains_selected(self) -> bool:
+        return self.scope_report is not None and self.scope_report.scope == "selected"
+
+    def _save_deltas(self, folder: Path) -> None:
+        if self.args.should_save:
+            save_expert_deltas(self._unwrapped(), folder / DELTAS_NAME)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _save_lora(self, folder: Path) -> None:
+        # Every process takes part: adapters of other processes' experts are gathered.
+        save_expert_lora(self._unwrapped(), folder)
+        if self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
 
     def _record_callback_states(self) -> None:
         for callback in [*self.callback_handler.callbacks, self.control]:
@@ -239,6 +270,12 @@ class MoETrainer(Trainer):
         if not self._loads_whole():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
+        if (Path(resume_from_checkpoint) / DELTAS_NAME).is_file() != self._trains_selected():
+            other = "another scope than selected" if self._trains_selected() else "the scope selected"
+            raise MoEError(f"{resume_from_checkpoint} is of a run with {other}. Resume with the scope that it had.")
+        if (Path(resume_from_checkpoint) / LORA_NAME).is_file() != bool(lora_adapters(self._unwrapped())):
+            other = "without" if lora_adapters(self._unwrapped()) else "with"
+            raise MoEError(f"{resume_from_checkpoint} is of a run {other} adapters of experts. Resume as it was.")
         load_weights_(self._unwrapped(), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -256,33 +293,19 @@ class MoETrainer(Trainer):
         )
 
 
+def _lora_config(args: MoETrainingArguments) -> ExpertLoraConfig:
+    return ExpertLoraConfig(
+        r=args.expert_lora_r,
+        alpha=args.expert_lora_alpha,
+        dropout=args.expert_lora_dropout,
+        experts=args.expert_selection,
+        seed=args.seed,
+    )
+
+
 def _check_trainable(model: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise MoEError(f"No parameter of {type(model).__name__} requires gradients. Set a scope.")
-
-
-def _refuse_lost_router_losses(model: nn.Module, args: TrainingArguments, kwargs: dict) -> None:
-    config = getattr(model, "config", None)
-    if not isinstance(config, MoEConfig) or not any(loss_coefficients(config).values()):
-        return
-    taken = "label_smoothing_factor" if args.label_smoothing_factor else None
-    taken = "compute_loss_func" if kwargs.get("compute_loss_func") is not None else taken
-    if taken:
-        raise MoEError(
-            f"{taken} takes the labels away from the model, which then adds no router losses. Leave it unset, or set "
-            "the coefficients of the router losses to 0 (router_aux_loss_coef, router_z_loss_coef, router_loss_coefs)."
-        )
-
-
-def _balance_experts(trainer: MoETrainer) -> None:
-    """Add the callback of a model whose routers follow whole optimizer steps, unless it was given."""
-    config = getattr(trainer.model, "config", None)
-    has_bias = getattr(config, "balance_strategy", None) == "bias"
-    counts_steps = getattr(config, "balance_loss_scope", None) == "global_batch"
-    given = any(isinstance(callback, ExpertBalanceCallback) for callback in trainer.callback_handler.callbacks)
-    keeps_state = any(vars(module).get("state_names") for module in trainer.model.modules())
-    if (has_bias or counts_steps or keeps_state) and not given:
-        trainer.add_callback(ExpertBalanceCallback())
 
 
 def _choose_autocast(args: TrainingArguments, model: nn.Module, given: set[torch.dtype]) -> None:

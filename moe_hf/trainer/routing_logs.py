@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import torch
 
+from moe_hf.modeling.losses import sum_over_ranks
+
 
 class RoutingLogs:
     """Collects `router_losses` and `router_stats` of forward passes without waiting for the device."""
@@ -24,7 +26,12 @@ class RoutingLogs:
                 self._counts[name] = self._counts.get(name, 0) + 1
 
     def take(self) -> dict[str, float]:
-        """The means over micro-batches by name, and start anew."""
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        """The means over the micro-batches of all processes by name, and start anew."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums[name] for name in names])
+        (totals,) = sum_over_ranks([torch.cat([sums, sums.new_tensor([self._counts[name] for name in names])])])
         self._sums, self._counts = {}, {}
-        return means
+        totals, counts = totals.view(2, -1).tolist()
+        return {name: total / count for name, total, count in zip(names, totals, counts, strict=True)}

@@ -15,14 +15,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
-from moe_hf.finetuning import find_moe_blocks
-from moe_hf.modeling.moe_block import Router
+from moe_hf.modeling.router import Router
 from moe_hf.modeling.routing import wide
+from moe_hf.router_outputs import find_routers, real_choices
 from moe_hf.upcycling.router_init.entropy import mean_entropy
 from moe_hf.upcycling.router_init.hidden_states import check_token_ids
 
 
-ROUTER_NAMES = ("gate", "router")
 SATURATED = 0.9
 # That an even router misses an expert of the model; above it, a missed expert says nothing about the router.
 CHANCE_OF_A_MISS = 0.01
@@ -36,7 +35,7 @@ class RoutingProbe:
     """How the routers of a model treat some tokens.
 
     Attributes:
-        num_tokens: T.
+        num_tokens: T; sub-tokens, where these are routed.
         layers: names of the MoE blocks, L.
         top_1_probability: of each layer, the mean over tokens of the largest score, of scores that sum to 1; experts
             with equal logits, as shards of one copy have, count together.
@@ -130,7 +129,7 @@ class RoutingRecorder:
         Raises:
             MoEError: when the model has no routers.
         """
-        routers = _routers(model)
+        routers = find_routers(model)
         if not routers:
             raise MoEError(f"{type(model).__name__} has no MoE block: there is no routing to look at.")
         mask = None if attention_mask is None else attention_mask.flatten().bool()
@@ -176,20 +175,11 @@ class _LayerSums:
 
         @torch.no_grad()
         def add(router: nn.Module, args: tuple, output: Any) -> None:
-            if not isinstance(output, tuple) or len(output) < 3:
-                raise MoEError(
-                    f"{type(router).__name__} returns no (logits, weights, index): its choices are not known."
-                )
-            index = output[2]
-            logits = output[0]  # (T, E)
-            if not isinstance(router, Router):
-                # Some routers of transformers return it after the softmax.
+            if not isinstance(router, Router) and isinstance(output, tuple):
+                # Some routers of transformers return the logits after the softmax.
                 tokens = wide(args[0].flatten(0, -2))
-                logits = functional.linear(tokens, router.weight.to(tokens.dtype))
-            if mask is not None:
-                real = mask.to(logits.device)
-                index = index[real if len(output) == 3 else real[output[3]]]
-                logits = logits[real]
+                output = (functional.linear(tokens, router.weight.to(tokens.dtype)), *output[1:])
+            logits, index = real_choices(router, output, mask)
             scores = logits if self.scoring_func == "softmax" else functional.logsigmoid(logits)
             probability = scores.softmax(-1)
             largest = probability.max(-1, keepdim=True).values
@@ -227,17 +217,6 @@ def probe_routing(
     finally:
         moe.train(was_training)
     return recorder.result()
-
-
-def _routers(model: nn.Module) -> dict[str, nn.Module]:
-    """The routers by the name of their block."""
-    found = {}
-    for name, block in find_moe_blocks(model).items():
-        children = dict(block.named_children())
-        router = next((children[child] for child in ROUTER_NAMES if child in children), None)
-        if router is not None:
-            found[name] = router
-    return found
 
 
 def _some(names: list[str] | tuple[str, ...]) -> str:

@@ -142,4 +142,4 @@ def test_scope_that_matches_nothing_fails_and_changes_nothing(scope):
 def test_unknown_scope_is_refused_with_the_nearest_name(model):
     with pytest.raises(MoEError, match="Did you mean 'experts'"):
         apply_scope(model, "expert")
-    assert set(SCOPES) == {"moe", "experts", "router", "shared", "non_moe", "attention", "ffn", "all"}
+    assert set(SCOPES) == {"moe", "experts", "selected", "router", "shared", "non_moe", "attention", "ffn", "all"}

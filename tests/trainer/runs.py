@@ -20,7 +20,7 @@ KINDS = ("ours", "mixtral")
 def tiny_moe(kind: str = "ours", dropout: float = 0.0, **config_fields) -> PreTrainedModel:
     """Return an upcycled llama whose experts differ (`"ours"`), or a native MoE of transformers."""
     if kind != "ours":
-        return tiny_native_moe(kind, attention_dropout=dropout)
+        return tiny_native_moe(kind, attention_dropout=dropout, **config_fields)
     dense = tiny_dense("llama", attention_dropout=dropout)
     return moe_hf.upcycle(dense, num_experts=4, noise=0.5, seed=1, **config_fields)
 
@@ -75,29 +75,12 @@ def first_gradients(
     return recorder.gradients
 
 
-def router_loss_gradient(output_dir: str | Path, accumulation: int, world_size: int = 1) -> torch.Tensor:
-    """Return what the router losses add to the routers' gradient when every micro-batch is the same row."""
-    gradients = []
-    for coefficient in (1.0, 0.0):
-        model = tiny_moe(router_aux_loss_coef=coefficient, router_z_loss_coef=coefficient)
-        named = first_gradients(
-            model,
-            output_dir,
-            rows(accumulation * world_size, identical=True),
-            scope="router",
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=accumulation,
-        )
-        gradients.append(torch.cat([gradient.flatten() for gradient in named.values()]))
-    return gradients[0] - gradients[1]
-
-
 def four_steps(
     kind: str, output_dir: str | Path, per_device_batch: int, accumulation: int = 1, **config_fields
 ) -> dict[str, Any]:
     """Train 4 steps of 8 rows in scope `moe`, z-loss on, balance loss off; returns gradients, weights and losses."""
-    fields = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1} | config_fields if kind == "ours" else {}
-    model = tiny_moe(kind, **fields)
+    z_loss = {"router_z_loss_coef": 0.1} if kind == "ours" else {}
+    model = tiny_moe(kind, **({"router_aux_loss_coef": 0.0} | z_loss | config_fields))
     recorder = GradientRecorder()
     args = arguments(
         output_dir,
@@ -119,6 +102,15 @@ def four_steps(
 # Updates that are large enough to change choices within four steps.
 BIASED = {"balance_strategy": "bias", "bias_update_rate": 0.02, "scoring_func": "sigmoid"}
 GLOBAL_BATCH = {"balance_loss_scope": "global_batch", "router_aux_loss_coef": 1.0}
+
+
+# A margin that closes experts within four steps.
+WITH_STATE = {"router_type": "dense_margin", "num_experts_per_tok": 4, "router_kwargs": {"margin": 0.02}}
+
+
+def router_states(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what routers have added up over a run, among the tensors of a model."""
+    return {name: tensor for name, tensor in weights.items() if name.endswith("gate_total")}
 
 
 def correction_biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -161,12 +153,10 @@ def main(folder: Path) -> None:
     results["biased_accumulated"] = four_steps(
         "ours", folder / "biased_2", per_device_batch=2, accumulation=2, **BIASED
     )
+    results["router_state"] = four_steps("ours", folder / "state", per_device_batch=4, **WITH_STATE)
+    results["router_states"] = of_all_processes(router_states(results["router_state"]["weights"]))
     results["biases"] = of_all_processes(correction_biases(results["biased"]["weights"]))
     results["four_steps_accumulated"] = four_steps("ours", folder / "four_2", per_device_batch=2, accumulation=2)
-    for accumulation in (1, 4):
-        results[f"router_{accumulation}"] = router_loss_gradient(
-            folder / f"r{accumulation}", accumulation, world_size=2
-        )
     whole = resumed("ours", folder / "whole")
     again = resumed("ours", folder / "again", folder / "whole" / "checkpoint-3")
     results["resume"] = [(t.model.state_dict(), losses(t)) for t in (whole, again)]

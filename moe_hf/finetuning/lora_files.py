@@ -1,0 +1,171 @@
+"""Adapters of experts in files: this package's own, small and exact, and those of PEFT.
+
+PEFT's `target_parameters` have one rank and one scale for all experts: ranks are filled up with zeros, scales go into B, and
+experts without an adapter are zeros.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from moe_hf.errors import MoEError
+from moe_hf.finetuning.expert_lora import ExpertLora, add_expert_lora, lora_adapters, remove_expert_lora
+from moe_hf.finetuning.lora_config import ExpertLoraConfig
+from moe_hf.finetuning.lora_sharding import local, whole
+from moe_hf.finetuning.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, from_peft, to_peft
+from moe_hf.saving import temporary_sibling
+
+
+LORA_NAME = "expert_lora.safetensors"
+FORMAT = "moe_hf.expert_lora"
+FORMATS = ("moe_hf", "peft")
+Matrices = dict[str, torch.Tensor]
+
+
+def save_expert_lora(model: nn.Module, folder: str | Path, *, file_format: str = "moe_hf") -> Path:
+    """Write the adapters of `model` to `folder`; a collective call where the experts are sharded.
+
+    Args:
+        file_format (`str`): `"moe_hf"` writes `expert_lora.safetensors`: the adapters as they are in memory, of the chosen
+            experts alone, and their config in the header. `"peft"` writes `adapter_config.json` and
+            `adapter_model.safetensors` for `PeftModel.from_pretrained`, with the same logits.
+
+    Returns:
+        the folder. A file that exists is replaced at once, whole or not at all.
+
+    Raises:
+        MoEError: the model has no adapters; PEFT cannot hold them (DoRA); or the files cannot be written.
+    """
+    if file_format not in FORMATS:
+        raise MoEError(f"file_format is {file_format!r}; it must be {' or '.join(FORMATS)}.")
+    adapters = lora_adapters(model)
+    if not adapters:
+        raise MoEError(f"{type(model).__name__} has no adapters of experts: add_expert_lora(model, config) first.")
+    config = next(iter(adapters.values())).config
+    tensors = {f"{name}.{key}": value for name, a in adapters.items() for key, value in _gathered(a).items()}
+    folder = Path(folder).expanduser()
+    if file_format == "moe_hf":
+        facts = {"config": config.to_dict(), "experts": {name: a.all_ids for name, a in adapters.items()}}
+        metadata = {"format": FORMAT, "version": "1", "facts": json.dumps(facts)}
+        files: dict[str, Any] = {LORA_NAME: (tensors, metadata)}
+    else:
+        peft_config, peft_tensors = to_peft(model, config, adapters, tensors)
+        files = {PEFT_WEIGHTS: (peft_tensors, {"format": "pt"}), PEFT_CONFIG: peft_config}
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        _write(folder, files)
+    return folder
+
+
+def load_expert_lora(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Give `model` the adapters in `folder`, in place: those of `save_expert_lora`, or PEFT's with `target_parameters`.
+
+    A model that has adapters already keeps them and gets the values, if they are of the same experts and ranks.
+
+    Returns:
+        the same model, with all but the adapters frozen.
+
+    Raises:
+        MoEError: no adapters there, damaged files, or ones that do not fit the model; the model is then unchanged.
+    """
+    folder = Path(folder).expanduser()
+    if (folder / LORA_NAME).is_file():
+        config, tensors, ids = _read(folder / LORA_NAME)
+    elif (folder / PEFT_CONFIG).is_file():
+        try:
+            peft_config = json.loads((folder / PEFT_CONFIG).read_text("utf-8"))
+            peft_tensors = load_file(folder / PEFT_WEIGHTS)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise MoEError(f"{folder} cannot be read as adapters of PEFT: {error}.") from error
+        config, tensors = from_peft(model, peft_config, peft_tensors)
+        ids = None
+    else:
+        raise MoEError(f"{folder} has neither {LORA_NAME} nor {PEFT_CONFIG}.")
+    had = bool(lora_adapters(model))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not had:
+        add_expert_lora(model, config)
+    try:
+        _fill(model, config, tensors, ids, folder)
+    except MoEError:
+        if not had:
+            remove_expert_lora(model)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in trained)
+        raise
+    return model
+
+
+@torch.no_grad()
+def _gathered(adapter: ExpertLora) -> Matrices:
+    """The tensors of all processes, one row per expert of `all_ids`."""
+    parts = adapter.placement.split(adapter.all_ids, adapter.num_experts)
+    num_slots = max(map(len, parts))
+    places = {expert: part * num_slots + slot for part, own in enumerate(parts) for slot, expert in enumerate(own)}
+    order = [places[expert] for expert in adapter.all_ids]
+    return {name: whole(p.detach())[order].cpu().contiguous() for name, p in adapter.named_parameters()}
+
+
+@torch.no_grad()
+def _fill(
+    model: nn.Module, config: ExpertLoraConfig, tensors: Matrices, ids: dict[str, list[int]] | None, folder: Path
+) -> None:
+    adapters = lora_adapters(model)
+    expected = {f"{name}.{key}" for name, adapter in adapters.items() for key, _ in adapter.named_parameters()}
+    strange = sorted(expected ^ tensors.keys())
+    given, own = (c.to_dict() for c in (config, next(iter(adapters.values())).config))
+    # What the values do not depend on; the experts show in the tensors.
+    given, own = ({key: v for key, v in c.items() if key not in ("dropout", "seed", "experts")} for c in (given, own))
+    same_experts = ids is None or ids == {name: list(adapter.all_ids) for name, adapter in adapters.items()}
+    if strange or given != own or not same_experts:
+        what = f" ({strange[0]})" if strange else ""
+        raise MoEError(f"The adapters in {folder} are of another config than the model's{what}.")
+    targets = []
+    for name, adapter in adapters.items():
+        for key, parameter in adapter.named_parameters():
+            values, here = tensors[f"{name}.{key}"], local(parameter)
+            if len(values) != len(adapter.all_ids) or values.shape[1:] != here.shape[1:]:
+                raise MoEError(
+                    f"{name}.{key} in {folder} has the shape {tuple(values.shape)}; the model's adapters of "
+                    f"{len(adapter.all_ids)} experts have {tuple(here.shape[1:])} each."
+                )
+            targets.append((here, values[[adapter.all_ids.index(expert) for expert in adapter.ids]]))
+    for here, rows in targets:
+        here.data[: len(rows)].copy_(rows)
+
+
+def _write(folder: Path, files: dict[str, Any]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            temporary = temporary_sibling(folder / name)
+            try:
+                if isinstance(content, tuple):
+                    save_file(content[0], temporary, metadata=content[1])
+                else:
+                    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                os.replace(temporary, folder / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise MoEError(f"{folder} cannot be written: {error}.") from error
+
+
+def _read(path: Path) -> tuple[ExpertLoraConfig, Matrices, dict[str, list[int]]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise MoEError(f"{path} holds no adapters of save_expert_lora.")
+            facts = json.loads(metadata["facts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, MoEError):
+            raise
+        raise MoEError(f"{path} cannot be read as adapters: {error}.") from error
+    return ExpertLoraConfig.from_dict(facts["config"]), tensors, facts["experts"]

@@ -1,0 +1,22 @@
+"""Where the experts of a model are."""
+
+from torch import nn
+
+
+def find_moe_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that have a child `experts` whose matrices are stacked over experts, by name."""
+    return {name: module for name, module in model.named_modules() if _holds_experts(module)}
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    experts = dict(module.named_children()).get("experts")
+    if experts is None:
+        return False
+    if isinstance(experts, nn.ModuleList):
+        return len(experts) > 0
+    return any(parameter.ndim >= 3 for parameter in experts.parameters())
+
+
+def experts_in(experts: nn.Module) -> int:
+    """E of an experts module with stacked matrices, those on other processes too; 0 where they are not stacked."""
+    return max((p.shape[0] for p in experts.parameters(recurse=False) if p.ndim >= 3), default=0)
