@@ -18,14 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moe_hf
 from benchmarks.initialisers_report import curves_plot, markdown_table
+from benchmarks.runs import with_training_flops
 from benchmarks.study import MOE, Settings, Study, parse_study, study_parser, write_results
 from moe_hf.errors import MoEError
 from moe_hf.upcycling.initialisers import make_initialiser
 from training.demo.steps import forward_flops
-
-
-# A training step is a forward pass and a backward pass of twice its arithmetic.
-PASSES_PER_STEP = 3
 
 
 @dataclass(frozen=True)
@@ -95,11 +92,8 @@ class InitialiserStudy(Study):
                 steps = round(steps * forward_flops(self.model(ARMS["copy"], seed), settings.block_size) / dense_flops)
             rows, held_out = self.rows(seed, settings.parent_steps, steps), self.held_out()
             points = self.train(f"seed {seed}, {name}", model, rows, held_out, settings.learning_rate)
-            flops = PASSES_PER_STEP * forward_flops(model, settings.block_size)
-            for point in points:
-                point["training_flops"] = point["tokens"] * flops
             return {
-                "points": points,
+                "points": with_training_flops(points, model, settings.block_size),
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "forward_flops_per_token": forward_flops(model, settings.block_size),
                 "method": self.method(model),

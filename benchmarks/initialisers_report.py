@@ -1,35 +1,21 @@
 """What the study of initialisers found: means and spreads over seeds, paired differences, a table and a picture."""
 
-from math import nan
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import matplotlib.pyplot as plt
 
+from benchmarks.intervals import difference_text, draw_band, paired, spread, value_text
+
 
 # Whose loss is subtracted, seed by seed, from an arm's at the same share of its steps.
 CONTROLS = ("copy", "dense", "dense_equal_flops")
-# The two-sided 95% quantile of Student's t by degrees of freedom.
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 SHARES_IN_TABLE = (0.0, 0.25, 0.5, 1.0)
 
 
 def losses(arm: dict[str, Any]) -> list[list[float]]:
     """Held-out loss of each run at each point, in nats/token."""
     return [[point["loss"]["all"] for point in run["points"]] for run in arm["runs"]]
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    """Mean, standard deviation, and half the width of the 95% interval of the mean, of one number per seed."""
-    deviation = stdev(values) if len(values) > 1 else nan
-    quantile = T_95.get(len(values) - 1, 1.96 if len(values) > 1 else nan)
-    return {
-        "mean": mean(values),
-        "std": deviation,
-        "interval_95": quantile * deviation / len(values) ** 0.5,
-        "per_seed": values,
-    }
 
 
 def summary(arms: dict[str, Any]) -> dict[str, Any]:
@@ -41,9 +27,8 @@ def summary(arms: dict[str, Any]) -> dict[str, Any]:
         for control in CONTROLS:
             if control not in arms or control == name:
                 continue
-            pairs = zip(ours, losses(arms[control]), strict=True)
-            differences = [[a - b for a, b in zip(run, theirs, strict=True)] for run, theirs in pairs]
-            result[name]["minus"][control] = [spread(list(values)) for values in zip(*differences, strict=True)]
+            places = zip(zip(*ours, strict=True), zip(*losses(arms[control]), strict=True), strict=True)
+            result[name]["minus"][control] = [paired(list(a), list(b)) for a, b in places]
     return result
 
 
@@ -62,7 +47,7 @@ def markdown_table(results: dict[str, Any]) -> str:
         last, curve = run["points"][-1], found[name]["loss"]
         places = [curve[round(share * (len(curve) - 1))] for share in SHARES_IN_TABLE]
         cells = [f"{run['parameters'] / 1e6:.2f} M", f"{last['training_flops']:.2e}", f"{last['tokens']:,}"]
-        cells += [f"{place['mean']:.4f}" + _if_known(f" ({place['std']:.4f})", place) for place in places]
+        cells += [value_text(place) for place in places]
         lines.append(f"| {arm['title']} | " + " | ".join(cells) + " |")
     controls = [name for name in CONTROLS if name in arms]
     lines += [
@@ -73,19 +58,9 @@ def markdown_table(results: dict[str, Any]) -> str:
         "|---|" + "---|" * len(controls),
     ]
     for name, arm in arms.items():
-        cells = [_difference(found[name]["minus"][control][-1]) if control != name else "" for control in controls]
+        cells = [difference_text(found[name]["minus"][control][-1]) if control != name else "" for control in controls]
         lines.append(f"| {arm['title']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _difference(value: dict[str, Any]) -> str:
-    low, high = value["mean"] - value["interval_95"], value["mean"] + value["interval_95"]
-    return f"{value['mean']:+.4f}" + _if_known(f" ({value['std']:.4f}) [{low:+.4f}, {high:+.4f}]", value)
-
-
-def _if_known(text: str, value: dict[str, Any]) -> str:
-    """Nothing for a single seed, which has no spread."""
-    return text if len(value["per_seed"]) > 1 else ""
 
 
 def curves_plot(arms: dict[str, Any], path: Path) -> None:
@@ -100,11 +75,11 @@ def curves_plot(arms: dict[str, Any], path: Path) -> None:
         other = {"dense", "dense_equal_flops"} - {control}
         for number, arm in enumerate(arm for name, arm in arms.items() if name not in other):
             at = [point[key] for point in arm["runs"][0]["points"]]
-            _band(upper, at, losses(arm), color=f"C{number}", label=arm["title"])
+            draw_band(upper, at, losses(arm), color=f"C{number}", label=arm["title"])
             if control in arms:
                 pairs = zip(losses(arm), losses(arms[control]), strict=True)
                 differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
-                _band(lower, at, differences, color=f"C{number}", label=arm["title"])
+                draw_band(lower, at, differences, color=f"C{number}", label=arm["title"])
         lower.set_xlabel(label)
     for row, label in zip(axes, ("held-out loss, nats/token", "minus continued dense, nats/token"), strict=True):
         row[0].set_ylabel(label)
@@ -122,15 +97,6 @@ def curves_plot(arms: dict[str, Any], path: Path) -> None:
         panel.legend(fontsize="small")
     figure.savefig(path, dpi=90)
     plt.close(figure)
-
-
-def _band(axes: plt.Axes, at: list[float], runs: list[list[float]], *, color: str, label: str) -> None:
-    spreads = [spread(list(values)) for values in zip(*runs, strict=True)]
-    middle = [value["mean"] for value in spreads]
-    axes.plot(at, middle, color=color, label=label)
-    if len(runs) > 1:
-        low, high = ([m + sign * v["std"] for m, v in zip(middle, spreads, strict=True)] for sign in (-1, 1))
-        axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def _limits(lines: list[list[float]]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.initialisers_report import spread
+from benchmarks.intervals import paired, spread
 from benchmarks.router_arms import REFERENCE
 
 
@@ -48,7 +48,7 @@ def loss_at(arm: dict[str, Any], point: int) -> list[float]:
 
 def difference(arm: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     """The spread of the last loss minus that of plain top-k, seed by seed."""
-    return spread([a - b for a, b in zip(loss_at(arm, -1), loss_at(reference, -1), strict=True)])
+    return paired(loss_at(arm, -1), loss_at(reference, -1))
 
 
 def ratio(arm: dict[str, Any], reference: dict[str, Any], key: str) -> float:

@@ -1,4 +1,4 @@
-"""What the training studies share: text, dense parents, one way to train, runs that are done once and kept.
+"""What the studies that go on from one dense parent share: its text and training, runs that are done once and kept.
 
 A study trains arms: ways to go on from one small dense parent. Each run is a folder with one JSON; a run that was stopped
 is done again, a finished one is read.
@@ -6,25 +6,35 @@ is done again, a finished one is read.
 
 import argparse
 import json
-import os
 import platform
-import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
-import moe_hf
-from moe_hf.data import builtin_corpus, corpus_fingerprint, split_by_document, tokenize_and_pack, train_tokenizer
+from benchmarks.runs import (
+    Pace,
+    build_text,
+    decayed_groups,
+    even_points,
+    held_out_rows,
+    is_matrix,
+    machine,
+    rows_in_order,
+    saved_rows,
+    small_llama,
+    token_losses,
+    train_arm,
+)
+from moe_hf.data import builtin_corpus
 from moe_hf.errors import MoEError
 from training.demo.stages import Stages
-from training.demo.steps import batches, evaluate, forward_flops, limit_code
+from training.demo.steps import batches, forward_flops
 
 
 MOE = {"num_experts": 8, "num_experts_per_tok": 2}
@@ -97,62 +107,30 @@ class Study:
 
     def is_decayed(self, name: str, parameter: torch.Tensor) -> bool:
         """Whether a parameter has weight decay: the matrices do."""
-        return parameter.ndim >= 2
+        return is_matrix(name, parameter)
 
     def after_step(self, model: PreTrainedModel, steps_left: int) -> None:
         """What else happens after a step of the optimizer."""
 
     def data(self) -> dict[str, Any]:
         """Text -> tokenizer -> packed blocks; held-out documents of two domains."""
-        settings = self.settings
-
-        def build(folder: Path) -> dict[str, Any]:
-            train_text, held_out_text = split_by_document(self.documents(), 0.1)
-            train_text = limit_code(train_text, settings.code_characters)
-            tokenizer = train_tokenizer(train_text, settings.vocab_size)
-            rows = tokenize_and_pack(train_text, tokenizer, settings.block_size)
-            rows.save_to_disk(folder / "train")
-            for domain in sorted(set(held_out_text["domain"])):
-                text = held_out_text.filter(lambda row, domain=domain: row["domain"] == domain).shuffle(seed=0)
-                held_out = tokenize_and_pack(text, tokenizer, settings.block_size)
-                held_out.select(range(settings.evaluation_tokens // settings.block_size)).save_to_disk(
-                    folder / "held_out" / domain
-                )
-            return {
-                "corpus_sha256": corpus_fingerprint(train_text),
-                "training_tokens": len(rows) * settings.block_size,
-                "vocab_size": len(tokenizer),
-            }
-
         names = ("vocab_size", "code_characters", "evaluation_tokens", "block_size")
-        shared = {name: getattr(settings, name) for name in names}
-        return self.stages.run("data", shared | {"python": platform.python_version()}, build)
+        shared = {name: getattr(self.settings, name) for name in names}
+        described = shared | {"python": platform.python_version()}
+        return self.stages.run("data", described, lambda folder: build_text(folder, self.documents(), **shared))
 
     def rows(self, seed: int, first_step: int, steps: int) -> datasets.Dataset:
         """The text of some steps in the order of `seed`; the parent takes the first ones, no row is seen twice."""
-        rows = datasets.load_from_disk(str(self.stages.folder("data") / "train")).with_format("torch")
-        first, count = (number * self.settings.batch_size for number in (first_step, steps))
-        if first + count > len(rows):
-            raise MoEError(
-                f"{first + count} rows of {self.settings.block_size} tokens are needed and the text has {len(rows)}: take "
-                "fewer steps."
-            )
-        return rows.select(np.random.default_rng(seed).permutation(len(rows))[first : first + count])
+        size = self.settings.batch_size
+        return rows_in_order(saved_rows(self.stages.folder("data") / "train"), seed, first_step * size, steps * size)
 
     def held_out(self) -> dict[str, datasets.Dataset]:
         """Packed held-out rows by domain."""
-        folders = sorted((self.stages.folder("data") / "held_out").iterdir())
-        return {folder.name: datasets.load_from_disk(str(folder)).with_format("torch") for folder in folders}
+        return held_out_rows(self.stages.folder("data") / "held_out")
 
     def optimizer(self, model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
         """AdamW, with weight decay on what has it."""
-        decayed, others = [], []
-        for name, parameter in model.named_parameters():
-            (decayed if self.is_decayed(name, parameter) else others).append(parameter)
-        groups = [
-            {"params": decayed, "weight_decay": self.settings.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
+        groups = decayed_groups(model, self.settings.weight_decay, self.is_decayed)
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
 
     def train(
@@ -163,36 +141,23 @@ class Study:
         held_out: dict[str, datasets.Dataset],
         learning_rate: float,
     ) -> list[dict[str, Any]]:
-        """Train in place, one pass over `rows`: linear warm-up, then cosine to a tenth; return the points of the curve.
+        """Train in place, one pass over `rows`; return points at equal shares of the run, whatever its length.
 
-        Each point has the steps and tokens so far, and held-out losses in nats/token. Points lie at equal shares of a
-        run, whatever its length.
+        Each point has the steps and tokens so far, and held-out losses in nats/token.
         """
         settings = self.settings
         steps = len(rows) // settings.batch_size
-        optimizer = self.optimizer(model, learning_rate)
-        schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer, max(1, round(settings.warmup_share * steps)), steps, min_lr_rate=0.1
+        return train_arm(
+            name,
+            model,
+            batches(rows, settings.batch_size),
+            steps,
+            Pace(learning_rate, max(1, round(settings.warmup_share * steps)), settings.weight_decay),
+            measure=lambda model: token_losses(model, held_out),
+            measured_at=even_points(steps, settings.evaluations),
+            is_decayed=self.is_decayed,
+            after_step=self.after_step,
         )
-        measured_at = {round(share * steps / settings.evaluations) for share in range(settings.evaluations + 1)}
-        points, start = [], time.perf_counter()
-        text = batches(rows, settings.batch_size)
-        for step in range(steps + 1):
-            if step in measured_at:
-                losses = {k: v["token_loss"] for k, v in evaluate(model, held_out, batch_size=32).items()}
-                tokens = step * settings.batch_size * settings.block_size
-                points.append({"step": step, "tokens": tokens, "loss": losses})
-                left = f"{(time.perf_counter() - start) * (steps - step) / step:.0f} s left" if step else "starts"
-                print(f"  {name}: step {step}/{steps}, held out {losses['all']:.4f}, {left}", flush=True)
-                model.train()
-            if step < steps:
-                model(**next(text), use_cache=False).loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                self.after_step(model, steps - step - 1)
-        return points
 
     def parent(self, data: dict[str, Any], seed: int) -> dict[str, Any]:
         """The dense model that all arms of a seed start from."""
@@ -200,20 +165,7 @@ class Study:
 
         def build(folder: Path) -> dict[str, Any]:
             torch.manual_seed(seed)
-            config = LlamaConfig(
-                vocab_size=data["result"]["vocab_size"],
-                hidden_size=settings.hidden_size,
-                intermediate_size=settings.intermediate_size,
-                num_hidden_layers=settings.num_hidden_layers,
-                num_attention_heads=settings.num_attention_heads,
-                max_position_embeddings=2 * settings.block_size,
-                tie_word_embeddings=True,
-                # Near 1 / sqrt(D); a model this narrow learns more slowly from the usual 0.02.
-                initializer_range=0.1,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-            model = LlamaForCausalLM(config)
+            model = LlamaForCausalLM(small_llama(data["result"]["vocab_size"], settings))
             rows, held_out = self.rows(seed, 0, settings.parent_steps), self.held_out()
             points = self.train(f"seed {seed}, parent", model, rows, held_out, settings.parent_learning_rate)
             model.save_pretrained(folder)
@@ -236,12 +188,7 @@ class Study:
                 runs[name].append({"seed": seed, "seconds": record["seconds"]} | record["result"])
         return {
             "settings": asdict(self.settings) | {"seeds": self.seeds},
-            "machine": {
-                "cpus": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "python": platform.python_version(),
-            }
-            | {"torch": torch.__version__, "transformers": transformers.__version__, "moe_hf": moe_hf.__version__},
+            "machine": machine(),
             "data": data["result"],
             "built": self.stages.built,
             "arms": {name: {"title": self.title(name), "runs": runs[name]} for name in self.arms},

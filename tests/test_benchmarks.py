@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.initialisers import ARMS, main
-from benchmarks.initialisers_report import SHARES_IN_TABLE, spread, summary
+from benchmarks.initialisers_report import SHARES_IN_TABLE, summary
+from benchmarks.intervals import spread
 from benchmarks.study import TINY
 from moe_hf.errors import MoEError
 
