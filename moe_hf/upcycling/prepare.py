@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from moe_hf.errors import MoEError
 from moe_hf.modeling.configuration_moe import MoEConfig
+from moe_hf.modeling.dense_classes import decoder_class
 from moe_hf.modeling.dense_mlp import MLPSite, find_mlp_sites
 from moe_hf.modeling.modeling_moe import MoEForCausalLM
 from moe_hf.upcycling.fill import outside_mlps
@@ -100,13 +101,14 @@ def moe_config(model: PreTrainedModel, num_experts: int, num_experts_per_tok: in
     """The configuration of a MoE made from a dense model.
 
     Raises:
-        MoEError: for a model that is not transformers' own, or fields that are not valid.
+        MoEError: for a model that is not transformers' own, or no decoder, or fields that are not valid.
     """
     if type(model).__module__.split(".")[0] != "transformers":
         raise MoEError(
             f"{type(model).__name__} is defined outside of transformers (remote code); only its own decoders can be "
             "turned into experts."
         )
+    decoder_class(model.config, MODEL_FOR_CAUSAL_LM_MAPPING)  # refuses what is no decoder
     text_config = copy.deepcopy(model.config)
     text_config.name_or_path = ""
     config = MoEConfig(

@@ -140,7 +140,7 @@ def test_two_processes_train_and_score_as_one(tmp_path):
         "--rdzv_backend=c10d",
         "--rdzv_endpoint=localhost:0",
         "-m",
-        "tests.trainer.test_selected",
+        "tests.trainer.test_selected_training",
         str(tmp_path),
     ]
     launch([*torchrun, *options])
