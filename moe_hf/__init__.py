@@ -48,6 +48,7 @@ _MODULES = {
     "register_router": "moe_hf.modeling.routers",
     "remove_experts": "moe_hf.upcycling",
     "replace_experts": "moe_hf.upcycling",
+    "routing_statistics": "moe_hf.reporting.routing_statistics",
     "save_expert_deltas": "moe_hf.finetuning",
     "score_experts": "moe_hf.finetuning",
     "select_experts": "moe_hf.finetuning",

@@ -3,7 +3,7 @@
 Torch and transformers are imported inside the commands, so that help and mistakes in the arguments answer at once.
 """
 
-from moe_hf.cli import experts, export, inspect, surgery, upcycle, verify
+from moe_hf.cli import experts, export, inspect, report, surgery, upcycle, verify
 from moe_hf.cli.app import app, main
 
 
@@ -14,6 +14,7 @@ for _name, _command in (
     ("upcycle", upcycle.upcycle),
     ("verify", verify.verify),
     ("inspect", inspect.inspect),
+    ("report", report.report),
     ("export", export.export),
     ("import", export.import_),
     ("grow-experts", surgery.grow_experts),

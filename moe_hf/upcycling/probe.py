@@ -15,14 +15,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
-from moe_hf.finetuning import find_moe_blocks
+from moe_hf.finetuning.router_watch import find_routers
 from moe_hf.modeling.moe_block import Router
 from moe_hf.modeling.routing import wide
 from moe_hf.upcycling.router_init.entropy import mean_entropy
 from moe_hf.upcycling.router_init.hidden_states import check_token_ids
 
 
-ROUTER_NAMES = ("gate", "router")
 SATURATED = 0.9
 # That an even router misses an expert of the model; above it, a missed expert says nothing about the router.
 CHANCE_OF_A_MISS = 0.01
@@ -130,9 +129,7 @@ class RoutingRecorder:
         Raises:
             MoEError: when the model has no routers.
         """
-        routers = _routers(model)
-        if not routers:
-            raise MoEError(f"{type(model).__name__} has no MoE block: there is no routing to look at.")
+        routers = find_routers(model)
         mask = None if attention_mask is None else attention_mask.flatten().bool()
         handles = []
         for name, router in routers.items():
@@ -227,17 +224,6 @@ def probe_routing(
     finally:
         moe.train(was_training)
     return recorder.result()
-
-
-def _routers(model: nn.Module) -> dict[str, nn.Module]:
-    """The routers by the name of their block."""
-    found = {}
-    for name, block in find_moe_blocks(model).items():
-        children = dict(block.named_children())
-        router = next((children[child] for child in ROUTER_NAMES if child in children), None)
-        if router is not None:
-            found[name] = router
-    return found
 
 
 def _some(names: list[str] | tuple[str, ...]) -> str:
