@@ -161,7 +161,10 @@ class _Job:
         self.tokenizer = _tokenizer(folder)
         check_vocabulary(self.moe, self.tokenizer)
         seen = observe(method, config, lambda: load_layerwise(folder), inputs, lambda: self.tokenizer)
-        config.upcycling = {"source": str(source), **method.to_dict(), **seen.facts, "verification": None}
+        # The Hub's cache calls a folder by its commit.
+        revision = {"revision": folder.name} if folder.parent.name == "snapshots" else {}
+        recorded = {"source": str(source), **revision, **method.to_dict()}
+        config.upcycling = {**recorded, **seen.facts, "verification": None}
         self.stream = WeightStream(self.dense, sites, self.moe, method, seen.layers)
 
     def fingerprints(self) -> list[dict[str, Any]]:

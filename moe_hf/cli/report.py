@@ -108,7 +108,8 @@ def _write(statistics: "RoutingStatistics", output: Path) -> None:
 
 
 def _print(statistics: "RoutingStatistics", output: Path | None) -> None:
-    from moe_hf.reporting.report import LAYER_COLUMNS, figure_text, layer_rows
+    from moe_hf.reporting.report import LAYER_COLUMNS, layer_rows
+    from moe_hf.reporting.statistics import figure_text
 
     summary = statistics.summary()
     print_rows(statistics.model, [(name, figure_text(value)) for name, value in summary.items()])

@@ -20,16 +20,19 @@ from moe_hf.reporting.plots import (
     spread_over,
 )
 from moe_hf.reporting.statistics import (
+    JSON_NAME,
     LARGEST_PAIR_TABLE,
+    PAGE_NAME,
+    PICTURE_NAME,
     SATURATED_SHARE,
     RoutingStatistics,
+    figure_text,
     group_lift,
     specialisation,
 )
 from moe_hf.resources import resource_path
 
 
-JSON_NAME, PAGE_NAME, PICTURE_NAME = "routing.json", "report.html", "routing.png"
 # Cells of wider tables have colours and no numbers.
 WIDEST_NUMBERED = 16
 # Layers whose table of pairs the page shows.
@@ -143,13 +146,6 @@ def layer_rows(statistics: RoutingStatistics) -> list[tuple[str, ...]]:
         )
         for layer in statistics.layers
     ]
-
-
-def figure_text(value: Any) -> str:
-    """A figure as people read it."""
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _ids(experts: list[int]) -> str:

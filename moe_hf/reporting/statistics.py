@@ -16,6 +16,7 @@ from moe_hf.reporting.layer_sums import ChangeSums, LayerSums
 
 
 FORMAT = "moe_hf.routing_report"
+JSON_NAME, PAGE_NAME, PICTURE_NAME = "routing.json", "report.html", "routing.png"
 # Of a layer's tokens; an expert that more of them use is saturated, where an even share would be less.
 SATURATED_SHARE = 0.9
 # Above it a table of pairs of experts is not written; the strongest pairs always are.
@@ -275,6 +276,13 @@ class RoutingStatistics:
     def save(self, path: str | Path) -> None:
         """Write the JSON file."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def figure_text(value: Any) -> str:
+    """A figure as people read it."""
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def relative_load(counts: torch.Tensor) -> torch.Tensor:
