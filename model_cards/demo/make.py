@@ -23,7 +23,7 @@ from moe_hf.reporting.report import write_report
 
 
 HERE = Path(__file__).resolve().parent
-BLOCK, VOCABULARY, EVALUATED = 256, 2048, 64
+BLOCK, BATCH, VOCABULARY, EVALUATED = 128, 4, 1024, 96
 
 
 def main() -> None:
@@ -31,23 +31,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--publish", action="store_true")
-    parser.add_argument("--steps", type=int, default=150, help="of each of the two trainings")
+    parser.add_argument("--steps", type=int, default=600, help="of each of the two trainings")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True)
     set_seed(0)
     training, held_out = split_by_document(builtin_corpus(), 0.1, 0)
     tokenizer = train_tokenizer(training.shuffle(seed=0).select(range(150)), VOCABULARY)
-    rows = tokenize_and_pack(training.shuffle(seed=0), tokenizer, BLOCK).select(range(16 * arguments.steps))
+    rows = tokenize_and_pack(training.shuffle(seed=0), tokenizer, BLOCK).select(range(2 * BATCH * arguments.steps))
     texts = {}
     for domain in sorted(set(held_out["domain"])):
         own = held_out.select([place for place, name in enumerate(held_out["domain"]) if name == domain])
         blocks = tokenize_and_pack(own, tokenizer, BLOCK)
         texts[domain] = blocks.select(range(min(EVALUATED, len(blocks))))
-    first, second = rows.select(range(8 * arguments.steps)), rows.select(range(8 * arguments.steps, len(rows)))
+    half = BATCH * arguments.steps
+    first, second = rows.select(range(half)), rows.select(range(half, 2 * half))
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
-    dense = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes))
+    dense = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.05, **sizes
+        )
+    )
     train(dense, first, arguments.output / "dense-run", scope="all")
-    moe = moe_hf.upcycle(dense, num_experts=8, num_experts_per_tok=2, noise=0.1)
+    moe = moe_hf.upcycle(dense, num_experts=8, num_experts_per_tok=2)
     trainer = train(moe, second, arguments.output / "moe-run", scope="moe")
     statistics = moe_hf.routing_statistics(moe, as_batches(texts), tokenizer=tokenizer, origin=dense)
     (arguments.output / "report").mkdir()
@@ -74,15 +79,15 @@ def main() -> None:
 
 
 def train(model: PreTrainedModel, rows: Dataset, folder: Path, scope: str) -> moe_hf.MoETrainer:
-    """One pass over the rows in batches of 8."""
+    """One pass over the rows."""
     arguments = moe_hf.MoETrainingArguments(
         output_dir=str(folder),
         scope=scope,
         num_train_epochs=1,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=BATCH,
         learning_rate=3e-3 if scope == "all" else 1e-3,
-        warmup_steps=20,
-        logging_steps=20,
+        warmup_steps=30,
+        logging_steps=50,
         save_strategy="no",
         report_to="none",
         include_num_input_tokens_seen="all",
@@ -95,9 +100,9 @@ def train(model: PreTrainedModel, rows: Dataset, folder: Path, scope: str) -> mo
 
 
 def as_batches(texts: dict[str, Dataset]) -> dict[str, list[dict[str, torch.Tensor]]]:
-    """By domain, batches of 8 rows."""
+    """By domain, batches of 16 rows."""
     return {
-        domain: [{name: rows[i : i + 8][name] for name in rows.column_names} for i in range(0, len(rows), 8)]
+        domain: [{name: rows[i : i + 16][name] for name in rows.column_names} for i in range(0, len(rows), 16)]
         for domain, rows in texts.items()
     }
 
