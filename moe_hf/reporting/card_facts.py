@@ -1,6 +1,5 @@
 """What a training run, an evaluation, a routing report and the dense parent say for a model card."""
 
-import json
 import os
 import platform
 import re
@@ -19,6 +18,7 @@ from huggingface_hub import (
 )
 
 from moe_hf.errors import MoEError
+from moe_hf.finetuning.expert_scores import read_json
 from moe_hf.reporting.statistics import FORMAT, JSON_NAME, PICTURE_NAME, figure_text
 
 
@@ -75,17 +75,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         file = (steps[max(steps)] if steps else path) / TRAINER_STATE
     elif path.is_dir():
         file = path / TRAINER_STATE
-    return _read_json(file, f"the state of a training run ({TRAINER_STATE})")
-
-
-def _read_json(file: Path, what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MoEError(f"{what[0].upper()}{what[1:]} cannot be read from {file}: {error}.") from error
-    if not isinstance(content, dict):
-        raise MoEError(f"{file} does not hold {what}: an object is expected.")
-    return content
+    return read_json(file)
 
 
 def _time_text(seconds: float) -> str:
@@ -171,7 +161,7 @@ def routing_health(report: str | Path | None) -> tuple[dict[str, str], dict[str,
     if report is None:
         return {}, {}
     folder = Path(report).expanduser()
-    content = _read_json(folder / JSON_NAME, "a routing report")
+    content = read_json(folder / JSON_NAME)
     if content.get("format") != FORMAT or not isinstance(content.get("summary"), dict):
         raise MoEError(f"{folder / JSON_NAME} is no routing report: make one with `moe-hf report --output`.")
     picture = folder / PICTURE_NAME
