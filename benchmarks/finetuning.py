@@ -44,6 +44,7 @@ SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 256, "experts": 8},
 }
 KINDS = ("ours", "mixtral")
+MEASURES = ("steps", "memory")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RANK = 8
 CHOSEN = 0
@@ -272,8 +273,8 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 64])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="with all, experts, frozen pass")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--no-memory", action="store_true", help="measure steps only")
-    parser.add_argument("--out", type=Path, help="folder for results.json and table.md")
+    parser.add_argument("--measure", nargs="+", choices=MEASURES, default=list(MEASURES))
+    parser.add_argument("--out", type=Path, help="folder for results.json and table.md; what is there is kept")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     results: dict = {
@@ -282,14 +283,16 @@ def main(arguments: list[str] | None = None) -> dict:
         "steps": [],
         "memory": [],
     }
+    if options.out and (options.out / "results.json").exists():
+        earlier = json.loads((options.out / "results.json").read_text(encoding="utf-8"))
+        results |= {measure: earlier[measure] for measure in MEASURES}
     for dtype in options.dtypes:
         for tokens in options.tokens:
             for kind in options.kinds:
-                results["steps"].append(measure_steps(kind, dtype, tokens, options))
-                write(results, options.out)
-    for kind in options.kinds if not options.no_memory else ():
-        results["memory"].append(measure_memory(kind, options.dtypes[0], options.tokens[0], options))
-        write(results, options.out)
+                for measure in options.measure:
+                    run = {"steps": measure_steps, "memory": measure_memory}[measure](kind, dtype, tokens, options)
+                    results[measure].append(run)
+                    write(results, options.out)
     print(tables(results))
     return results
 

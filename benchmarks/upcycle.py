@@ -7,6 +7,11 @@ table. A round runs every way once, so that a drift of the machine meets all of 
 
 - seconds: of the call alone, manifest and flushing to the disk included, imports and verification not.
 - over cp: divided by the seconds of `cp -r` and `sync` of the folder that was just made, whose pages are in memory.
+  Before each of both the page cache is filled up with pages of a sparse file, so that both write into memory that the
+  machine has: in a virtual machine, memory that was free for seconds is taken from it, and costs seconds to get back.
+- bound: what the same bytes need at least on this machine, over the same `cp` and `sync`: the longer of flushing them at
+  the disk's rate, and of the processors' work divided by their number (sha256 of each different byte, Gaussians,
+  writing into the page cache), at the rates that are measured in the same run and printed.
 - CPU: of all threads, user and system, and the same of `cp -r` and `sync`; on a machine that does other things too it says
   more than seconds do.
 - peak: most resident memory during the call, less that after the imports of the same process.
@@ -71,7 +76,7 @@ def in_memory(source: Path, output: Path, num_experts: int, noise: float, verify
     from moe_hf import MoEForCausalLM
     from moe_hf.upcycling.fill import copy_other_weights, fill_blocks
     from moe_hf.upcycling.method import UpcyclingMethod
-    from moe_hf.upcycling.upcycle import moe_config, sites_of_experts
+    from moe_hf.upcycling.prepare import moe_config, sites_of_experts
 
     dense = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     config = moe_config(dense, num_experts, 2, {})
@@ -108,13 +113,39 @@ def child(way: str, source: str, output: str, num_experts: str, noise: str, veri
 
 def measure(way: str, *arguments: object) -> dict[str, float]:
     """A measurement in a fresh process."""
-    subprocess.run(["sync"], check=True)
     command = [sys.executable, "-m", "benchmarks.upcycle", "--child", way, *map(str, arguments)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def copy(folder: Path) -> dict[str, float]:
+class PageCache:
+    """Keeps the page cache full, with a sparse file that is read where it is not in memory."""
+
+    def __init__(self, folder: Path):
+        self._path, self._position = folder / "sparse", 0
+        self._size = memory_info("MemTotal")
+        with open(self._path, "wb") as file:
+            file.truncate(self._size)
+
+    def fill(self) -> None:
+        """Read until no memory is free, but for what the kernel keeps."""
+        # The kernel keeps some pages free; when it does not get below this within one pass, it is full.
+        for _ in range(self._size >> 26):
+            if memory_info("MemFree") < 1 << 30:
+                return
+            with open(self._path, "rb", buffering=0) as file:
+                file.seek(self._position)
+                for _ in range(16):
+                    file.read(1 << 22)
+            self._position = (self._position + (1 << 26)) % self._size
+
+
+def memory_info(field: str) -> int:
+    """A figure of /proc/meminfo in bytes."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+
+
+def copy(folder: Path, cache: PageCache) -> dict[str, float]:
     """Seconds, and seconds of CPU, of `cp -r` and `sync`, with the folder's pages in memory."""
     for file in folder.iterdir():
         if file.is_file():
@@ -123,17 +154,57 @@ def copy(folder: Path) -> dict[str, float]:
                     pass
     target = folder.with_name("copied")
     subprocess.run(["sync"], check=True)
+    cache.fill()
     start, before = time.perf_counter(), os.times()
     subprocess.run(["cp", "-r", folder, target], check=True)
+    copied = time.perf_counter()
     subprocess.run(["sync"], check=True)
     seconds, after = time.perf_counter() - start, os.times()
     shutil.rmtree(target)
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return {"cp": seconds, "cp_cpu": cpu}
+    return {"cp": seconds, "cp_cpu": cpu, "flush": seconds - (copied - start)}
+
+
+def rates() -> dict[str, float]:
+    """What one core does per second: bytes through sha256, and Gaussians added to bfloat16 numbers."""
+    import hashlib
+
+    import torch
+
+    from moe_hf.upcycling.recipes import DensePiece, ExpertRecipe, Slot, slot_rows
+
+    torch.set_num_threads(1)
+    data = os.urandom(1 << 25)
+    piece = DensePiece(torch.randn(1024, 1024).bfloat16())
+    slot = Slot(0, 1024, "up", ExpertRecipe(noise=NOISE, key=(0,)))
+
+    def least(work) -> float:
+        work()
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    hashed = len(data) / least(lambda: hashlib.sha256(data).digest())
+    drawn = piece.tensor.numel() / least(lambda: sum(1 for _ in slot_rows(slot, piece, torch.bfloat16)))
+    return {"sha256": hashed, "gaussians": drawn}
+
+
+def bound(figures: dict, size: str, rate: dict[str, float]) -> float:
+    """The least seconds for the bytes of one measurement, at the rates of this machine."""
+    sizes = SIZES[size]
+    expert = 3 * sizes["hidden_size"] * sizes["intermediate_size"] * sizes["num_hidden_layers"]
+    drawn = figures["experts"] * expert if figures["way"] == "noise" else 0
+    different = figures["bytes"] if drawn else figures["bytes"] - (figures["experts"] - 1) * expert * 2
+    work = different / rate["sha256"] + drawn / rate["gaussians"] + figures["cp_cpu"]
+    return max(figures["flush"], work / (os.cpu_count() or 1))
 
 
 def rounds(folder: Path, source: Path, arguments: argparse.Namespace) -> Iterator[dict]:
     """Measurements one by one."""
+    cache = PageCache(folder)
     for number in range(arguments.rounds):
         for num_experts in arguments.experts:
             for name, way, noise, verify in (
@@ -142,20 +213,24 @@ def rounds(folder: Path, source: Path, arguments: argparse.Namespace) -> Iterato
                 ("copy, verified", "streamed", 0.0, True),
                 ("copy, in memory", "in memory", 0.0, False),
             ):
-                if num_experts > arguments.most_in_memory and name in ("copy, verified", "copy, in memory"):
+                is_other = name in ("copy, verified", "copy, in memory")
+                if is_other and (num_experts > arguments.most_in_memory or number > 0):
                     continue
                 output = folder / "moe"
+                subprocess.run(["sync"], check=True)
+                source.joinpath("model.safetensors").read_bytes()
+                cache.fill()
                 load = os.getloadavg()[0]
                 figures = measure(way, source, output, num_experts, noise, verify)
                 size = sum(file.stat().st_size for file in output.iterdir())
                 figures |= {"round": number, "way": name, "experts": num_experts, "bytes": size, "load": load}
-                figures |= copy(output)
+                figures |= copy(output, cache)
                 shutil.rmtree(output)
                 print(json.dumps(figures), file=sys.stderr, flush=True)
                 yield figures
 
 
-def summary(measured: list[dict]) -> list[dict]:
+def summary(measured: list[dict], size: str, rate: dict[str, float]) -> list[dict]:
     """Medians, and the least and the most of each ratio, by way and number of experts."""
     rows = []
     for key in dict.fromkeys((figures["way"], figures["experts"]) for figures in measured):
@@ -170,6 +245,7 @@ def summary(measured: list[dict]) -> list[dict]:
                 "cp_seconds": statistics.median(figures["cp"] for figures in own),
                 "over_cp": statistics.median(ratios),
                 "over_cp_range": [min(ratios), max(ratios)],
+                "bound_over_cp": statistics.median(bound(figures, size, rate) / figures["cp"] for figures in own),
                 "cpu": statistics.median(figures["cpu"] for figures in own),
                 "cp_cpu": statistics.median(figures["cp_cpu"] for figures in own),
                 "peak": max(figures["peak"] for figures in own),
@@ -188,6 +264,7 @@ def table(rows: list[dict]) -> Table:
         "seconds",
         "cp + sync",
         "over cp (least, most)",
+        "bound",
         "CPU",
         "CPU of cp",
         "peak, MiB",
@@ -203,6 +280,7 @@ def table(rows: list[dict]) -> Table:
             f"{row['seconds']:.2f}",
             f"{row['cp_seconds']:.2f}",
             f"{row['over_cp']:.2f} ({least:.2f}, {most:.2f})",
+            f"{row['bound_over_cp']:.2f}" if row["way"] in ("copy", "noise") else "",
             f"{row['cpu']:.2f}",
             f"{row['cp_cpu']:.2f}",
             f"{row['peak'] / 2**20:.0f}",
@@ -225,10 +303,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         source = folder / "dense"
         make_dense(source, arguments.size)
+        rate = rates()
         measured = list(rounds(folder, source, arguments))
     finally:
         shutil.rmtree(folder)
-    rows = summary(measured)
+    rows = summary(measured, arguments.size, rate)
     sizes = SIZES[arguments.size]
     # The largest tensor of the source: an embedding, or a projection of an MLP.
     largest = 2 * sizes["hidden_size"] * max(sizes["vocab_size"], sizes["intermediate_size"])
@@ -236,10 +315,11 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=120)
     console.print(table(rows))
     console.print(
-        f"{machine}; {arguments.rounds} rounds; the bound of the peak is {(ROOM + largest) / 2**20:.0f} MiB."
+        f"{machine}; {arguments.rounds} rounds; the bound of the peak is {(ROOM + largest) / 2**20:.0f} MiB; one core: "
+        f"sha256 {rate['sha256'] / 1e9:.2f} GB/s, noise on experts {rate['gaussians'] / 1e9:.2f} G numbers/s."
     )
     if arguments.json:
-        content = {"machine": machine, "bound": ROOM + largest, "summary": rows, "measured": measured}
+        content = {"machine": machine, "bound": ROOM + largest, "rates": rate, "summary": rows, "measured": measured}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -32,6 +32,7 @@ def load(model: str | None) -> torch.nn.Module:
 
 
 def main() -> None:
+    """Train, save, compare with PEFT, merge."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model")
     parser.add_argument("--output_dir", type=Path)

@@ -15,8 +15,9 @@ from moe_hf.errors import MoEError
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.experts import Experts
 from moe_hf.modeling.modeling_moe import MoEForCausalLM
-from moe_hf.modeling.moe_block import MoEBlock, RoutingPass, routing_pass
+from moe_hf.modeling.moe_block import MoEBlock
 from moe_hf.modeling.routing_ids import example_ids, id_counts, open_experts
+from moe_hf.modeling.routing_pass import RoutingPass, routing_pass
 
 
 TOLERANCE = 1e-5

@@ -230,6 +230,7 @@ def _flops_per_token(model: PreTrainedModel, used: dict[str, float]) -> int:
         if parameter.ndim >= 2 and not name.endswith("_bias") and id(parameter) not in looked_up:
             flops += 2 * parameter.numel() * used.get(name, 1.0)
     head = model.get_output_embeddings()
-    if head is not None and id(head.weight) in looked_up:
-        flops += 2 * head.weight.numel()
+    if head is not None:
+        runs = model.config.num_experts if getattr(model.config, "output_mixture", None) else 1
+        flops += 2 * head.weight.numel() * (runs - (id(head.weight) not in looked_up))
     return round(flops)

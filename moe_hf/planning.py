@@ -3,7 +3,6 @@
 Letters: E experts, K experts per token.
 """
 
-import copy
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,11 +17,9 @@ from moe_hf.finetuning import scope_parameter_names
 from moe_hf.inspection import ModelFacts, inspect_model, load_config
 from moe_hf.interchange import exact_targets
 from moe_hf.modeling.configuration_moe import MoEConfig
-from moe_hf.modeling.modeling_moe import MoEForCausalLM
-from moe_hf.upcycling.initialisers import Initialiser, make_initialiser
-from moe_hf.upcycling.method import UpcyclingMethod
-from moe_hf.upcycling.router_init import RouterInit, make_router_init
-from moe_hf.upcycling.upcycle import moe_config, sites_of_experts
+from moe_hf.upcycling.initialisers import Initialiser
+from moe_hf.upcycling.prepare import prepare
+from moe_hf.upcycling.router_init import RouterInit
 from moe_hf.weight_files import CheckpointReader
 
 
@@ -136,28 +133,21 @@ def plan_upcycling(
     Raises:
         MoEError: for what `upcycle` would refuse without looking at the weights.
     """
-    given = UpcyclingMethod(
-        init=make_initialiser(init),
-        router_init=make_router_init(router_init),
+    ready = prepare(
+        source,
+        lambda given: (str(given), dense_on_meta(str(given))),
+        num_experts=num_experts,
+        num_experts_per_tok=num_experts_per_tok,
+        init=init,
+        router_init=router_init,
         noise=noise,
         shared_share=shared_share,
         seed=seed,
+        config_fields=config_fields,
     )
-    dense = _on_meta(str(source))
-    config = moe_config(dense, num_experts, num_experts_per_tok, config_fields)
-    method = given.settled(config)
-    method.check(config, dense.dtype)
-    with torch.device("meta"):
-        MoEForCausalLM(copy.deepcopy(config))
-    models = [dense, *(_on_meta(str(other)) for other in getattr(method.init, "sources", ()))]
-    sites = [sites_of_experts(model, config) for model in models]
-    widths = [tuple(site.intermediate_size for site in layer) for layer in zip(*sites, strict=True)]
-    method.set_width(config, sites[0], widths)
-    config.dtype = dense.dtype
-    with torch.device("meta"):
-        moe = MoEForCausalLM._from_config(config)
+    method, config, dense, moe = ready.method, ready.config, ready.models[0], ready.moe
     moe.tie_weights()
-    reason = method.why_inexact(config, sites[0], dense.dtype)
+    reason = method.why_inexact(config, ready.sites[0], dense.dtype)
     if not method.exact:
         reason = f"init={method.init.name!r} with noise={noise} changes the experts by design"
     return UpcyclingPlan(
@@ -174,7 +164,7 @@ def plan_upcycling(
     )
 
 
-def _on_meta(source: str) -> PreTrainedModel:
+def dense_on_meta(source: str) -> PreTrainedModel:
     """The dense model without numbers, in the dtype that it would be loaded in."""
     config = load_config(source)
     if isinstance(config, MoEConfig):

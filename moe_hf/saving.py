@@ -1,36 +1,34 @@
 """Write folders that are whole or absent, prove later that they still are, and check shards before they are loaded.
 
-A folder is written under a temporary sibling name, flushed to the disk, described by a manifest (sha256 and size of
+A folder is written under a temporary sibling name, flushed to the disk, described by a manifest (checksum and size of
 each file) that is written last, and then renamed in one step.
 """
 
-import hashlib
 import json
 import os
 import shutil
-import struct
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from moe_hf.checksums import SHA256, SHA256_OF_PARTS, file_checksum, has_checksum, safetensors_header
 from moe_hf.errors import MoEError
 
 
 MANIFEST_NAME = "moe_hf_manifest.json"
 # The card is a text that people edit after the save, so it is no part of what the manifest holds.
 UNLISTED_NAMES = frozenset({MANIFEST_NAME, "README.md"})
-# The safetensors library itself refuses a longer header.
-_MAX_SAFETENSORS_HEADER = 100_000_000
-_CHUNK_BYTES = 1 << 20
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike, known: Mapping[str, Mapping[str, str]] | None = None) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends, or vanishes when the block fails.
 
     Args:
         path (`str` or `os.PathLike`): the destination; it must not exist. Missing parents are made.
+        known (`Mapping[str, Mapping]`, *optional*): what the block fills in, see [`write_manifest`].
 
     Yields:
         `pathlib.Path` of the temporary folder `.NAME.tmp-PID` beside the destination: write all files there.
@@ -51,7 +49,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     try:
         _make_folder(temporary)
         yield temporary
-        publish_folder(temporary, destination)
+        publish_folder(temporary, destination, known)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in reversed(made):
@@ -72,20 +70,20 @@ def temporary_sibling(path: str | os.PathLike, tag: str | int | None = None) -> 
 
 
 def publish_folder(
-    temporary: str | os.PathLike, path: str | os.PathLike, known_sha256: Mapping[str, str] | None = None
+    temporary: str | os.PathLike, path: str | os.PathLike, known: Mapping[str, Mapping[str, str]] | None = None
 ) -> None:
     """Flush a finished temporary folder, add its manifest and rename it to its destination.
 
     Args:
         temporary (`str` or `os.PathLike`): the folder with all files, on the same file system as `path`.
         path (`str` or `os.PathLike`): the destination, which must not exist.
-        known_sha256 (`Mapping[str, str]`, *optional*): see [`write_manifest`].
+        known (`Mapping[str, Mapping]`, *optional*): see [`write_manifest`].
 
     Raises:
         `MoEError`: the destination exists.
     """
     temporary, destination = Path(temporary), Path(os.path.abspath(path))
-    write_manifest(temporary, known_sha256)
+    write_manifest(temporary, known)
     for folder, _, _ in os.walk(temporary, topdown=False):
         _fsync(folder)
     # os.replace puts a folder in the place of an empty one without a word, so the check is repeated here.
@@ -97,27 +95,32 @@ def publish_folder(
     _fsync(destination.parent)
 
 
-def write_manifest(folder: str | os.PathLike, known_sha256: Mapping[str, str] | None = None) -> Path:
-    """Write `moe_hf_manifest.json`: the sha256 and the size in bytes of each file of a folder, flushed to the disk.
+def write_manifest(folder: str | os.PathLike, known: Mapping[str, Mapping[str, str]] | None = None) -> Path:
+    """Write `moe_hf_manifest.json`: the checksum and the size in bytes of each file of a folder, flushed to the disk.
 
-    The manifest itself and `README.md` are not listed.
+    The manifest itself and `README.md` are not listed. `sha256` is of the whole file; of safetensors files it is
+    `sha256_of_parts`, see [`moe_hf.checksums`].
 
     Args:
         folder (`str` or `os.PathLike`): the folder, taken with all its sub-folders.
-        known_sha256 (`Mapping[str, str]`, *optional*): of files by name, from who wrote them; they are not read again.
+        known (`Mapping[str, Mapping]`, *optional*): the checksums of files by name, as `file_checksum` gives them, from
+            who wrote them; they are not read again.
 
     Returns:
         `pathlib.Path` of the manifest.
     """
     folder = Path(folder)
-    files, known = {}, known_sha256 or {}
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        _fsync(file)
+    files, known = {}, known or {}
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    with ThreadPoolExecutor() as pool:
+        # The disk flushes many small files in the time of a few.
+        list(pool.map(_fsync, found))
+    for file in found:
         name = file.relative_to(folder).as_posix()
         if file.name not in UNLISTED_NAMES:
-            files[name] = {"sha256": known.get(name) or file_sha256(file), "size": file.stat().st_size}
+            files[name] = {**(known.get(name) or file_checksum(file)), "size": file.stat().st_size}
     manifest = folder / MANIFEST_NAME
-    manifest.write_text(json.dumps({"format_version": 1, "files": files}, indent=2) + "\n", encoding="utf-8")
+    manifest.write_text(json.dumps({"format_version": 2, "files": files}, indent=2) + "\n", encoding="utf-8")
     _fsync(manifest)
     return manifest
 
@@ -143,8 +146,8 @@ def verify_manifest(folder: str | os.PathLike, *, sizes_only: bool = False) -> N
         raise MoEError(f"{manifest} has no table 'files': it is damaged; use another copy of the folder.")
     for name, fact in files.items():
         _refuse_outside(name, manifest)
-        if not isinstance(fact, dict) or not {"size", "sha256"} <= fact.keys():
-            raise MoEError(f"{manifest} says neither size nor sha256 of {name!r}: it is damaged.")
+        if not isinstance(fact, dict) or "size" not in fact or not {SHA256, SHA256_OF_PARTS} & fact.keys():
+            raise MoEError(f"{manifest} lacks the size or the sha256 of {name!r}: it is damaged.")
         file = folder / name
         if not file.is_file():
             raise MoEError(f"{file} is missing: the manifest of its folder lists it. Use another copy of the folder.")
@@ -152,17 +155,8 @@ def verify_manifest(folder: str | os.PathLike, *, sizes_only: bool = False) -> N
         if size != fact["size"]:
             kind = "truncated" if size < fact["size"] else "changed"
             raise MoEError(f"{file} is {kind}: {size} bytes, {fact['size']} when it was saved. Use another copy.")
-        if not sizes_only and file_sha256(file) != fact["sha256"]:
+        if not sizes_only and not has_checksum(file, fact):
             raise MoEError(f"{file} is changed: its sha256 is not the one it was saved with. Use another copy.")
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """sha256 of a file's bytes, in lower-case hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def check_shard_index(folder: str | os.PathLike) -> None:
@@ -212,39 +206,6 @@ def _check_index(index: Path) -> None:
                 raise MoEError(
                     f"{file} lacks {absent[0]!r} and {len(absent) - 1} others that {index.name} puts there."
                 )
-
-
-def safetensors_header(path: str | os.PathLike) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Read the header of a safetensors file whose length agrees with it.
-
-    Returns:
-        the position of the first data byte, and tensor names to their `dtype`, `shape` and `data_offsets`.
-
-    Raises:
-        `MoEError`: the file is truncated, longer than its header tells, or no safetensors file.
-    """
-    path = Path(path)
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-        if length is None or 8 + length > size:
-            raise MoEError(
-                f"{path} is truncated: {size} bytes are less than its header. Use another copy of the file."
-            )
-        if length > _MAX_SAFETENSORS_HEADER:
-            raise MoEError(f"{path} is no safetensors file: it declares a header of {length} bytes.")
-        header = file.read(length)
-    try:
-        tensors = {name: fact for name, fact in json.loads(header).items() if name != "__metadata__"}
-        data_bytes = max((fact["data_offsets"][1] for fact in tensors.values()), default=0)
-        expected = 8 + length + data_bytes
-    except (ValueError, AttributeError, KeyError, IndexError, TypeError, RecursionError) as error:
-        raise MoEError(f"{path} is no safetensors file: its header cannot be read.") from error
-    if size != expected:
-        kind = "truncated" if size < expected else "damaged"
-        raise MoEError(f"{path} is {kind}: {size} bytes, its header tells {expected}. Use another copy of the file.")
-    return 8 + length, tensors
 
 
 def _refuse_outside(name: Any, source: Path) -> None:

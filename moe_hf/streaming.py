@@ -1,6 +1,5 @@
 """`upcycle_checkpoint`: a dense checkpoint on disk in, a verified MoE checkpoint on disk out, for models beyond memory."""
 
-import copy
 import hashlib
 import json
 import os
@@ -8,6 +7,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,25 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
 from moe_hf.hub import check_vocabulary
-from moe_hf.modeling.modeling_moe import MoEForCausalLM
 from moe_hf.reporting.card import model_card
 from moe_hf.saving import refuse_existing
-from moe_hf.upcycling.initialisers import Initialiser, make_initialiser
+from moe_hf.upcycling.initialisers import Initialiser
 from moe_hf.upcycling.initialisers.mix import TOKENIZER_FILES
-from moe_hf.upcycling.method import UpcyclingMethod
 from moe_hf.upcycling.observations import observe
 from moe_hf.upcycling.on_disk.dense_checkpoint import DenseCheckpoint
-from moe_hf.upcycling.on_disk.following_hash import FollowingHash
 from moe_hf.upcycling.on_disk.layerwise import load_layerwise
 from moe_hf.upcycling.on_disk.partial_folder import PartialFolder
 from moe_hf.upcycling.on_disk.weight_stream import WeightStream
-from moe_hf.upcycling.router_init import RouterInit, make_router_init
-from moe_hf.upcycling.upcycle import check_result, check_source, moe_config, sites_of_experts, tokens_to_check
-from moe_hf.weight_files import FileLayout, FileWriter, file_layouts, weight_files, write_index
+from moe_hf.upcycling.prepare import prepare
+from moe_hf.upcycling.router_init import RouterInit
+from moe_hf.upcycling.upcycle import check_result, tokens_to_check
+from moe_hf.weight_files import weight_files
+from moe_hf.weight_writer import FileLayout, FileWriter, file_layouts, write_index
 
 
 logger = logging.get_logger(__name__)
@@ -98,21 +97,24 @@ def upcycle_checkpoint(
     """
     output_dir = Path(output_dir).expanduser()
     folder = _source_folder(source, output_dir)
-    method = UpcyclingMethod(
-        init=make_initialiser(init),
-        router_init=make_router_init(router_init),
-        noise=noise,
-        shared_share=shared_share,
-        seed=seed,
-    )
+    arguments = {
+        "num_experts": num_experts,
+        "num_experts_per_tok": num_experts_per_tok,
+        "init": init,
+        "router_init": router_init,
+        "noise": noise,
+        "shared_share": shared_share,
+        "seed": seed,
+        "config_fields": config_fields,
+    }
     with ExitStack() as stack:
-        job = _Job(stack, source, folder, method, num_experts, num_experts_per_tok, inputs, config_fields)
+        job = _Job(stack, source, folder, inputs, arguments)
         layouts = file_layouts(job.stream.tensors, max_shard_size)
         facts = job.facts() | {"max_shard_size": max_shard_size}
         partial = stack.enter_context(PartialFolder(output_dir, facts, restart=restart))
         _check_space(partial, layouts)
-        job.write_weights(partial, layouts, progress)
-        job.write_other_files(partial.folder)
+        with job.writing_weights(partial, layouts, progress):
+            job.write_other_files(partial.folder)
         if job.fingerprints() != facts["sources"]:
             partial.discard()
             raise MoEError(
@@ -134,38 +136,30 @@ class _Job:
         stack: ExitStack,
         source: str | os.PathLike,
         folder: Path,
-        method: UpcyclingMethod,
-        num_experts: int,
-        num_experts_per_tok: int,
         inputs: torch.Tensor | None,
-        config_fields: dict[str, Any],
+        arguments: dict[str, Any],
     ):
-        dense = stack.enter_context(DenseCheckpoint(folder))
-        self.config = config = moe_config(dense.model, num_experts, num_experts_per_tok, config_fields)
-        self.method = method = method.settled(config)
-        method.check(config, dense.model.dtype)
-        self.folders = [folder, *(_source_folder(given) for given in getattr(method.init, "sources", ()))]
-        self.dense = [dense, *(stack.enter_context(DenseCheckpoint(other)) for other in self.folders[1:])]
-        sites = [sites_of_experts(one.model, config) for one in self.dense]
-        for one, its in zip(self.dense, sites, strict=True):
-            if one is not dense:
-                check_source(dense.model, str(folder), one.model, str(one.folder), config)
-            for site in its:
-                one.check_mlp(site)
-        widths = [tuple(site.intermediate_size for site in layer) for layer in zip(*sites, strict=True)]
-        method.set_width(config, sites[0], widths)
-        config.dtype = dense.model.dtype
-        with torch.device("meta"):
-            self.moe = MoEForCausalLM._from_config(config)
-        self.moe.generation_config = copy.deepcopy(dense.model.generation_config)
+        self.folders: list[Path] = []
+        self.dense: list[DenseCheckpoint] = []
+
+        def open_source(given: str | os.PathLike) -> tuple[str, PreTrainedModel]:
+            self.folders.append(folder if not self.folders else _source_folder(given))
+            self.dense.append(stack.enter_context(DenseCheckpoint(self.folders[-1])))
+            return str(self.folders[-1]), self.dense[-1].model
+
+        ready = prepare(source, open_source, **arguments)
+        self.method, self.config, self.moe, self.sites = ready.method, ready.config, ready.moe, ready.sites[0]
+        for dense, sites in zip(self.dense, ready.sites, strict=True):
+            for site in sites:
+                dense.check_mlp(site)
         self.tokenizer = _tokenizer(folder)
         check_vocabulary(self.moe, self.tokenizer)
-        seen = observe(method, config, lambda: load_layerwise(folder), inputs, lambda: self.tokenizer)
+        seen = observe(self.method, self.config, lambda: load_layerwise(folder), inputs, lambda: self.tokenizer)
         # The Hub's cache calls a folder by its commit.
         revision = {"revision": folder.name} if folder.parent.name == "snapshots" else {}
-        recorded = {"source": str(source), **revision, **method.to_dict()}
-        config.upcycling = {**recorded, **seen.facts, "verification": None}
-        self.stream = WeightStream(self.dense, sites, self.moe, method, seen.layers)
+        recorded = {"source": str(source), **revision, **self.method.to_dict()}
+        self.config.upcycling = {**recorded, **seen.facts, "verification": None}
+        self.stream = WeightStream(self.dense, ready.sites, self.moe, self.method, seen.layers)
 
     def fingerprints(self) -> list[dict[str, Any]]:
         """What tells whether the sources are still the same files."""
@@ -179,25 +173,34 @@ class _Job:
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
 
-    def write_weights(
+    @contextmanager
+    def writing_weights(
         self, partial: PartialFolder, layouts: list[FileLayout], progress: Callable[[int, int], None] | None
-    ) -> None:
-        """Write the files that are not finished yet, and the index."""
+    ) -> Iterator[None]:
+        """Write the files that are not finished yet, and the index; the block runs while the last one is flushed."""
         total = sum(spec.nbytes for spec in self.stream.tensors.values())
-        with _progress(progress, total) as advance:
+        flushed: list[Future] = []
+
+        def finish(file: FileWriter) -> None:
+            file.close()
+            partial.finish(file.layout.name, file.checksum)
+
+        with _progress(progress, total) as advance, ThreadPoolExecutor(1) as flushing:
             for layout in layouts:
                 if layout.name in partial.finished:
                     advance(sum(spec.nbytes for spec in layout.tensors.values()))
                     continue
-                with FileWriter(partial.folder, layout, advance) as file, FollowingHash(file.path) as sha256:
-
-                    def whole(name: str, layout: FileLayout = layout, sha256: FollowingHash = sha256) -> None:
-                        sha256.reach(layout.positions[name] + layout.tensors[name].nbytes)
-
-                    self.stream.write(file, whole)
-                    digest = sha256.hexdigest()
-                partial.finish(layout.name, digest)
-        write_index(partial.folder, layouts, self.moe.num_parameters())
+                file = FileWriter(partial.folder, layout, advance)
+                try:
+                    self.stream.write(file)
+                except BaseException:
+                    file.abandon()
+                    raise
+                flushed.append(flushing.submit(finish, file))
+            write_index(partial.folder, layouts, self.moe.num_parameters())
+            yield
+            for future in flushed:
+                future.result()
 
     def write_other_files(self, folder: Path) -> None:
         """Write configuration, code, tokenizer and card."""
@@ -212,9 +215,8 @@ class _Job:
 
     def verify(self, partial: PartialFolder, inputs: torch.Tensor | None, allow_inexact: bool) -> None:
         """Compare source and result, and record the figures in the configuration."""
-        sites = self.moe.base_model._moe_sites
         try:
-            check_result(self.folders[0], partial.folder, self.config, self.method, sites, inputs, allow_inexact)
+            check_result(self.folders[0], partial.folder, self.config, self.method, self.sites, inputs, allow_inexact)
         except MoEError:
             partial.discard()
             raise

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetuning")
-    small = ["--size", "tiny", "--rounds", "2", "--tokens", "16", "--dtypes", "float32", "--no-memory"]
+    small = ["--size", "tiny", "--rounds", "2", "--tokens", "16", "--dtypes", "float32", "--measure", "steps"]
     results = main([*small, "--out", str(folder)])
     assert json.loads((folder / "results.json").read_text()) == results
     assert (folder / "table.md").read_text().count("| selected |") == 2

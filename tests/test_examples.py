@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import convolution_expert  # noqa: F401 - importing it registers the expert
-from moe_hf import MoEConfig, MoEForCausalLM
+from examples import convolution_expert, load_aware_router  # noqa: F401 - importing registers them
+from moe_hf import MoEConfig, MoEForCausalLM, update_router_state
 from tests.tiny_models import random_ids, tiny_config, tiny_dense
 
 
@@ -102,7 +102,23 @@ def test_10_chosen_experts_learn_and_their_deltas_merge():
     assert 0 < chosen < of / 2 and int(re.search(r"deltas: (\d+)%", output).group(1)) < 100 * chosen / of
 
 
+def test_the_load_aware_router_follows_the_load():
+    assert run("load_aware_router.py") == ""
+    model = MoEForCausalLM(MoEConfig(text_config=tiny_config("llama"), num_experts=4, router_type="load_aware"))
+    model.train()(random_ids())
+    update_router_state(model)
+    assert all(layer.mlp.gate.surplus.abs().max() > 0 for layer in model.model.layers)
+
+
 def test_the_convolution_expert_can_be_chosen():
     assert run("convolution_expert.py") == ""
     config = MoEConfig(text_config=tiny_config("llama"), num_experts=4, extra_experts=["causal_convolution"])
     assert torch.isfinite(MoEForCausalLM(config)(random_ids()).logits).all()
+
+
+def test_11_adapters_lower_the_loss_and_peft_and_the_merged_model_agree():
+    output = run("11_expert_lora.py")
+    losses = [float(loss) for loss in re.findall(r"step .*: (\S+) nats", output)]
+    assert losses[-1] < losses[0]
+    assert float(re.search(r"PEFT's logits differ by (\S+)", output).group(1)) <= 1e-5
+    assert float(re.search(r"merged model's by (\S+)", output).group(1)) <= 1e-5

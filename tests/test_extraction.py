@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_hf import MoEConfig, MoEError, MoEForCausalLM, extract_experts
-from moe_hf.modeling.moe_block import Router
+from moe_hf.modeling.router import Router
 from tests.tiny_models import random_ids, randomise_, tiny_config
 
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moe_hf.checksums import file_sha256
 from moe_hf.errors import MoEError
 from moe_hf.resources import resource_path
 from moe_hf.saving import (
     MANIFEST_NAME,
     atomic_folder,
     check_shard_index,
-    file_sha256,
     publish_folder,
     temporary_sibling,
     verify_manifest,
@@ -189,7 +189,10 @@ def test_writers_of_one_folder_share_a_tagged_sibling(tmp_path):
         (lambda path: (path / MANIFEST_NAME).write_text("{"), "not valid JSON"),
         (lambda path: (path / MANIFEST_NAME).write_text("[]"), "an object is expected"),
         (lambda path: (path / MANIFEST_NAME).write_text('{"files": []}'), "no table 'files'"),
-        (lambda path: (path / MANIFEST_NAME).write_text('{"files": {"weights.bin": 3}}'), "neither size nor sha256"),
+        (
+            lambda path: (path / MANIFEST_NAME).write_text('{"files": {"weights.bin": 3}}'),
+            "lacks the size or the sha256",
+        ),
         (lambda path: (path / MANIFEST_NAME).write_text('{"files": {"../x": {}}}'), "outside of its folder"),
     ],
 )

@@ -10,18 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moe_hf import weight_files
+from moe_hf import weight_writer
 from moe_hf.errors import MoEError
-from moe_hf.weight_files import (
-    DTYPES,
-    INDEX_NAME,
-    CheckpointReader,
-    FileWriter,
-    TensorSpec,
-    copy_bytes,
-    file_layouts,
-    write_checkpoint,
-)
+from moe_hf.weight_files import DTYPES, INDEX_NAME, CheckpointReader, TensorSpec
+from moe_hf.weight_writer import FileWriter, copy_bytes, file_layouts, write_checkpoint
 from tests.tiny_models import tiny_dense
 
 
@@ -181,7 +173,7 @@ def test_bytes_are_copied_between_files_whatever_the_kernel_can_do(tmp_path, mon
             raise OSError(refusal, os.strerror(refusal))
 
         monkeypatch.setattr(os, "copy_file_range", refuse)
-    monkeypatch.setattr(weight_files, "_COPY_BYTES", 1000)
+    monkeypatch.setattr(weight_writer, "_COPY_BYTES", 1000)
     data = os.urandom(5001)
     (tmp_path / "source").write_bytes(data)
     with open(tmp_path / "source", "rb") as source, open(tmp_path / "target", "wb+") as target:

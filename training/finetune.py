@@ -4,6 +4,7 @@ accelerate launch training/finetune.py --config training/recipes/finetune_moe.ya
 """
 
 from moe_hf.trainer.arguments import DataArguments, FinetuneArguments, ModelArguments, MoEArgumentParser
+from moe_hf.trainer.comparison import train_beside_control
 from moe_hf.trainer.programs import (
     load_checkpoint,
     load_documents,
@@ -19,9 +20,12 @@ def main() -> None:
     parser = MoEArgumentParser((ModelArguments, DataArguments, FinetuneArguments), description=__doc__)
     model_args, data_args, training_args = parser.parse()
     prepare_run(training_args)
-    model, tokenizer = load_checkpoint(model_args)
-    trainer = make_trainer(model, tokenizer, training_args, data_args, load_documents(data_args))
-    train_and_save(trainer)
+    documents = load_documents(data_args)
+
+    def train_one(model, tokenizer, args):
+        return train_and_save(make_trainer(model, tokenizer, args, data_args, documents))
+
+    train_beside_control(model_args, training_args, load_checkpoint, train_one)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from moe_hf.errors import MoEError
 from moe_hf.finetuning.expert_selection import ExpertSelection
 from moe_hf.finetuning.lora_config import ExpertLoraConfig
 from moe_hf.finetuning.lora_projection import DoraProjection, LoraProjection
-from moe_hf.finetuning.lora_sharding import ExpertPlacement, local, placement_of, whole
+from moe_hf.finetuning.lora_sharding import ExpertPlacement, is_sharded, local, placement_of, whole
 from moe_hf.finetuning.moe_blocks import experts_in, find_moe_blocks
 from moe_hf.kernels import LinearMap, base_map, describe_experts, grouped_experts, restore, run_in_place_of
 
@@ -271,7 +271,7 @@ def _adapted(model: nn.Module, *, merged: bool, may_be_sharded: bool = False) ->
                 ("merged", "unmerge_expert_lora") if adapter.merged else ("not merged", "merge_expert_lora")
             )
             raise MoEError(f"The adapters are {state}: call {remedy} first.")
-        if not may_be_sharded and any(local(p) is not p for p in experts.parameters()):
+        if not may_be_sharded and is_sharded(experts):
             raise MoEError(
                 "The experts are sharded. Save the adapters, load them onto a whole model, and merge there."
             )

@@ -14,7 +14,7 @@ from torch import nn
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.moe_blocks import find_moe_blocks
-from moe_hf.modeling.moe_block import Router
+from moe_hf.modeling.router import Router
 
 
 FORMAT = "moe_hf.expert_scores"

@@ -25,6 +25,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes hold parts of the parameters of `model`."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 @dataclass(frozen=True)
 class ExpertPlacement:
     """Where the experts of one module are.

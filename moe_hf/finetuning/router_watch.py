@@ -19,11 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.moe_blocks import find_moe_blocks
 from moe_hf.modeling.configuration_moe import MoEConfig
-from moe_hf.modeling.moe_block import packed_documents
 from moe_hf.modeling.routing import Routing, router_scores
-
-
-ROUTER_NAMES = ("gate", "router")
+from moe_hf.modeling.routing_pass import document_ids_of
+from moe_hf.router_outputs import ROUTER_NAMES
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class ForwardPass:
             self.token_mask = mask[:, -length:].reshape(-1).bool()
             self.num_tokens = self.token_mask.sum()
         elif mask is None and isinstance(position_ids, torch.Tensor) and position_ids.dim() == 2 and length > 1:
-            self.document_ids = packed_documents(position_ids.expand(rows, -1))
+            self.document_ids = document_ids_of(position_ids, (rows, length))
 
     def end(self, model: nn.Module, args: tuple, output: object) -> None:
         """The pass is over: what routers do from now on is a recomputation."""

@@ -18,7 +18,8 @@ from moe_hf.interchange.families import FAMILIES
 from moe_hf.interchange.plan import Plan, Span, inverse, make_exchange
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.saving import atomic_folder
-from moe_hf.weight_files import CheckpointReader, FileWriter, TensorSpec, file_layouts, write_index
+from moe_hf.weight_files import CheckpointReader, TensorSpec
+from moe_hf.weight_writer import FileWriter, file_layouts, write_index
 
 
 logger = logging.get_logger(__name__)
@@ -72,14 +73,15 @@ def export_native(
     source, config = Path(source_dir), moe_config_of(source_dir)
     target = choose_target(config, target)
     native = native_config(config, target)
-    with CheckpointReader(source) as reader, atomic_folder(output_dir) as folder:
+    checksums: dict[str, dict[str, str]] = {}
+    with CheckpointReader(source) as reader, atomic_folder(output_dir, checksums) as folder:
         exchange = make_exchange(config, native, FAMILIES[target])
         _check_names(reader, exchange.our_tensors)
         native.architectures = [type(exchange.native).__name__]
         native.save_pretrained(folder)
         _tell_older_readers(folder / "config.json")
         _copy_small_files(source, folder)
-        _write(folder, exchange.plan, exchange.native_tensors, reader, max_shard_size)
+        checksums |= _write(folder, exchange.plan, exchange.native_tensors, reader, max_shard_size)
     for text in warnings_for(config, target):
         logger.warning(f"{output_dir}: {text}.")
     return Path(output_dir)
@@ -110,7 +112,8 @@ def import_native(
         raise MoEError(f"{source} is a moe_hf model already.")
     check_importable(native.model_type)
     family = FAMILIES[native.model_type]
-    with CheckpointReader(source) as reader, atomic_folder(output_dir) as folder:
+    checksums: dict[str, dict[str, str]] = {}
+    with CheckpointReader(source) as reader, atomic_folder(output_dir, checksums) as folder:
         names = family.names
         zero_shared = _are_zero(reader, *(names.shared or ()), names.shared_gate)
         config = moe_config(native, zero_shared=zero_shared, zero_bias=_are_zero(reader, names.correction_bias))
@@ -122,7 +125,7 @@ def import_native(
         # The config and the code that defines the model, as each saved model has them; the numbers follow.
         exchange.ours.save_pretrained(folder, state_dict={})
         _copy_small_files(source, folder)
-        _write(folder, inverse(exchange.plan), exchange.our_tensors, reader, max_shard_size)
+        checksums |= _write(folder, inverse(exchange.plan), exchange.our_tensors, reader, max_shard_size)
     return Path(output_dir)
 
 
@@ -199,21 +202,25 @@ def _copy_small_files(source: Path, folder: Path) -> None:
 
 def _write(
     folder: Path, plan: Plan, tensors: dict[str, TensorSpec], reader: CheckpointReader, max_shard_size: int | str
-) -> None:
-    """Write each tensor as the plan says: spans of the source, or zeros, in the source's dtypes."""
+) -> dict[str, dict[str, str]]:
+    """Write each tensor as the plan says: spans of the source, or zeros, in the source's dtypes; returns checksums."""
     specs = {name: TensorSpec(_dtype(name, plan[name], spec, reader), spec.shape) for name, spec in tensors.items()}
     layouts = file_layouts(specs, max_shard_size)
+    checksums = {}
     for layout in layouts:
         with FileWriter(folder, layout) as file:
             for name, spec in layout.tensors.items():
                 reached, size = 0, spec.dtype.itemsize
                 for span in plan[name]:
                     descriptor, position = reader.place(span.source)
-                    file.copy(name, reached, span.count * size, descriptor, position + span.start * size)
+                    position += span.start * size
+                    file.copy([(name, reached)], span.count * size, descriptor, position)
                     reached += span.count * size
                 if not plan[name]:
                     file.write(name, torch.zeros(spec.shape, dtype=spec.dtype))
+        checksums[layout.name] = file.checksum
     write_index(folder, layouts)
+    return checksums
 
 
 def _dtype(name: str, spans: list[Span], spec: TensorSpec, reader: CheckpointReader) -> torch.dtype:

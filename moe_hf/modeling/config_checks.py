@@ -18,6 +18,7 @@ OVERFLOW_POLICIES = ("drop", "reroute")
 CAPACITY_ORDERS = ("token_major", "choice_major", "batch_prioritized")
 BALANCE_STRATEGIES = ("loss", "bias")
 BALANCE_LOSS_SCOPES = ("micro_batch", "sequence", "global_batch")
+DENSE_FFN_PLACES = (None, "before", "after")
 LOAD_ESTIMATORS = ("shazeer", "vmoe")
 # Routers whose weights are the scores themselves, unless `norm_topk_prob=True`.
 UNNORMALISED = ("top_p", "expert_choice", "expert_threshold", "bernoulli")
@@ -218,7 +219,9 @@ def check_structure(config: Any, num_layers: int) -> None:
         raise MoEError(
             f"shared_expert_gate={config.shared_expert_gate!r} needs a shared expert: set shared_expert_intermediate_size."
         )
+    _check_member(config, "moe_dense_ffn", DENSE_FFN_PLACES)
     _check_experts_per_layer(config, num_layers)
+    _check_output_mixture(config, num_layers)
     widths = config.expert_intermediate_sizes
     if widths is not None and (len(widths) != config.num_experts or min(widths) < 1):
         raise MoEError(
@@ -234,6 +237,21 @@ def check_structure(config: Any, num_layers: int) -> None:
         for field, is_set in fields.items():
             if getattr(config, name) and is_set(config):
                 raise MoEError(f"{name} does not go together with {field}: leave one of them out.")
+
+
+def _check_output_mixture(config: Any, num_layers: int) -> None:
+    """Where experts can predict one by one."""
+    if config.output_mixture is None:
+        return
+    if config.output_mixture != "likelihood":
+        raise MoEError(f"output_mixture is {config.output_mixture!r}; it must be None or 'likelihood'.")
+    if not config.is_moe_layer(num_layers - 1):
+        raise MoEError("output_mixture='likelihood' is about the experts of the last layer, and that one has none.")
+    if config.num_moe_heads > 1 or config.routed_scaling_factor != 1:
+        raise MoEError(
+            "output_mixture='likelihood' weighs the predictions of whole experts by probabilities: leave num_moe_heads and "
+            "routed_scaling_factor out."
+        )
 
 
 def _check_experts_per_layer(config: Any, num_layers: int) -> None:
@@ -282,7 +300,7 @@ def beyond_plain_blocks(config: Any) -> list[str]:
     """The fields, as `name=value`, that make a block more than E equal experts behind a linear router of tokens."""
     plain = {"router_arch": "linear", "routing_level": "token", "num_moe_heads": 1, "router_type": "top_k"}
     plain |= {"router_per_task": False, "expert_groups": None, "num_experts_per_layer": None}
-    plain |= {"expert_intermediate_sizes": None, "extra_experts": None}
+    plain |= {"expert_intermediate_sizes": None, "extra_experts": None, "moe_dense_ffn": None, "output_mixture": None}
     named = {name: getattr(config, name) for name in plain}
     fields = [f"{name}={value!r}" for name, value in named.items() if (value or None) != (plain[name] or None)]
     return fields + ["shared_expert_gate='softmax'"] * (config.shared_expert_gate == "softmax")

@@ -105,6 +105,12 @@ class MoEConfig(PreTrainedConfig):
         shared_expert_gate (`bool` or `str`, defaults to `False`):
             Whether a learned sigmoid gate scales the shared expert's output. With `"softmax"` two coefficients that
             sum to 1 weigh the routed experts' output and the shared expert's.
+        output_mixture (`str`, *optional*):
+            `"likelihood"`: each expert of the last layer makes a prediction of its own, and the gate mixes the
+            distributions, not the experts' outputs. With `router_type="dense"`.
+        moe_dense_ffn (`str`, *optional*):
+            A dense layer `"before"` or `"after"` the experts of each MoE layer, as wide as the dense model's MLP. It starts
+            without effect.
         first_k_dense_replace (`int`, defaults to 0):
             The first layers that stay dense.
         decoder_sparse_step (`int`, defaults to 1):
@@ -200,6 +206,8 @@ class MoEConfig(PreTrainedConfig):
     num_moe_heads: int = 1
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool | str = False
+    output_mixture: str | None = None
+    moe_dense_ffn: str | None = None
     first_k_dense_replace: int = 0
     decoder_sparse_step: int = 1
     mlp_only_layers: list[int] | None = None
@@ -310,8 +318,8 @@ class MoEConfig(PreTrainedConfig):
 
     @staticmethod
     def presets() -> dict[str, str]:
-        """The names that `from_preset` knows, each with its source and with what differs in a decoder."""
-        return {name: f"{preset.source}. In a decoder: {preset.in_a_decoder}." for name, preset in PRESETS.items()}
+        """The names that `from_preset` knows, each with its source, what differs in a decoder, and values not read there."""
+        return {name: preset.describe() for name, preset in PRESETS.items()}
 
     @classmethod
     def from_preset(cls, name: str, text_config: dict | PreTrainedConfig, **overrides) -> "MoEConfig":

@@ -13,10 +13,11 @@ from transformers import initialization as init
 
 from .dense_classes import pickled_parents, unpickled_class
 from .dense_mlp import INLINE_ATTRIBUTE, MLPSite
-from .experts import Experts
+from .experts import DenseFFN, Experts
 from .extra_experts import ExtraExpert
-from .moe_block import MoEBlock, Router
+from .moe_block import MoEBlock
 from .multi_head import HEAD_GAIN, MultiHead
+from .router import Router
 from .routing_ids import ID_ARGUMENTS
 
 
@@ -68,6 +69,9 @@ class Combined:
                 module.zero_padding_()
         elif isinstance(module, ExtraExpert):
             module.reset_parameters()
+        elif isinstance(module, DenseFFN):
+            for parameter in module.down_proj.parameters():
+                init.zeros_(parameter)
         elif isinstance(module, MultiHead):
             init.xavier_uniform_(module.head_proj.weight, gain=HEAD_GAIN)
             init.xavier_uniform_(module.merge_proj.weight)

@@ -88,12 +88,11 @@ def make_experts(config: MoEConfig, site: MLPSite, act_fn) -> Experts:
     return experts
 
 
-class SharedExpert(nn.Module):
-    """One MLP of the dense kind that sees each token, (T, D) -> (T, D)."""
+class DenseMLP(nn.Module):
+    """One MLP of the dense kind that sees each token, (..., D) -> (..., D)."""
 
-    def __init__(self, config: MoEConfig, site: MLPSite, act_fn):
+    def __init__(self, width: int, site: MLPSite, act_fn):
         super().__init__()
-        width = config.shared_expert_intermediate_size
         self.gate_proj = nn.Linear(site.hidden_size, width, bias=site.has_bias) if site.gated else None
         self.up_proj = nn.Linear(site.hidden_size, width, bias=site.has_bias)
         self.down_proj = nn.Linear(width, site.hidden_size, bias=site.has_bias)
@@ -103,3 +102,20 @@ class SharedExpert(nn.Module):
         hidden = self.up_proj(hidden_states)
         hidden = self.act_fn(hidden) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * hidden
         return self.down_proj(hidden)
+
+
+class SharedExpert(DenseMLP):
+    """An expert that each token uses."""
+
+    def __init__(self, config: MoEConfig, site: MLPSite, act_fn):
+        super().__init__(config.shared_expert_intermediate_size, site, act_fn)
+
+
+class DenseFFN(DenseMLP):
+    """A dense layer next to the experts, as wide as the dense model's; its `down_proj` starts at zero, so it adds nothing.
+
+    Source: ST-MoE, section on sparse and dense layers next to each other (https://huggingface.co/papers/2202.08906).
+    """
+
+    def __init__(self, site: MLPSite, act_fn):
+        super().__init__(site.intermediate_size, site, act_fn)

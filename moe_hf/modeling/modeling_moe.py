@@ -29,27 +29,25 @@ from .custom_code import CUSTOM_CODE  # noqa: F401 - importing it registers them
 from .dense_classes import LABEL_FIELDS, check_activation, classifier_class, decoder_class
 from .dense_mlp import activation_of, check_one_expert_reproduces, find_mlp_sites, holder_of
 from .dynamic_class import Combined, combine, put_block
-from .losses import LOSSES, loss_coefficients, reward_predictions, share_of_step, sum_over_ranks
-from .moe_block import (
-    MoEBlock,
-    RoutingPass,
-    current_routing_pass,
-    packed_documents,
-    recompute_contexts,
-    routing_pass,
-    rows_are_aligned,
-)
+from .losses import loss_coefficients, reward_predictions
+from .mixed_predictions import mix_predictions
+from .moe_block import MoEBlock, rows_are_aligned
+from .output_mixture import OutputMixture
 from .outputs import (
     MoECausalLMOutput,
     MoEModelOutput,
     MoESequenceClassifierOutput,
     MoETokenClassifierOutput,
     extended,
+    losses_by_name,
     mean_stats,
+    share_of_labels,
 )
 from .parallel_plans import expert_parallel_plan, tensor_parallel_plan, wildcard
-from .routers import ROUTERS, check_generation, router_spec, save_custom_code, why_no_cache
+from .routers import ROUTERS, carries_on, check_generation, router_spec, save_custom_code, why_no_cache
+from .routing_cache import carried_by, mask_of_tokens
 from .routing_ids import extend_ids, open_experts, spread_ids, take_ids
+from .routing_pass import RoutingPass, current_routing_pass, document_ids_of, recompute_contexts, routing_pass
 
 
 class MoEPreTrainedModel(Combined, PreTrainedModel):
@@ -96,6 +94,8 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         if requested is None and not rows_are_aligned(base_model):
             config._experts_implementation_internal = "eager"
         self._adopt_submodels(base_model)
+        # Compiled steps, which generate would make of static caches, cannot keep what routers carry on.
+        self._can_compile_fullgraph &= not carries_on(config)
         self.post_init()
 
     def _install_blocks(self, base_model: nn.Module) -> None:
@@ -190,45 +190,23 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         return output_router_logits or (self.training and wanted)
 
     def _describe_batch(self, current: RoutingPass, named: dict, ids: dict[str, torch.Tensor] | None = None) -> None:
-        tokens = named.get("input_ids")
-        tokens = named.get("inputs_embeds") if tokens is None else tokens
-        if tokens is None:
+        if (tokens := named.get("inputs_embeds") if named.get("input_ids") is None else named["input_ids"]) is None:
             return
-        batch_size, sequence_length = current.batch_size, current.sequence_length = tokens.shape[:2]
+        shape = current.batch_size, current.sequence_length = tokens.shape[:2]
         reason, past = why_no_cache(self.config), named.get("past_key_values")
         if reason is not None and past is not None and past.get_seq_length() > 0:
             raise MoEError(reason)
         attention_mask, position_ids = named.get("attention_mask"), named.get("position_ids")
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            current.token_mask = attention_mask[:, -sequence_length:].reshape(-1).bool()
-        elif attention_mask is None and position_ids is not None and position_ids.dim() == 2 and sequence_length > 1:
-            current.document_ids = packed_documents(position_ids)
+        is_plain = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+        if is_plain or (attention_mask is not None and carries_on(self.config)):
+            current.token_mask = mask_of_tokens(attention_mask, shape, past)
+        elif attention_mask is None and position_ids is not None and position_ids.dim() == 2 and shape[1] > 1:
+            current.document_ids = document_ids_of(position_ids, shape)
+        if carries_on(self.config) and not is_torchdynamo_compiling():
+            current.carried = carried_by(past, position_ids)
         if ids is not None:
-            shape = (batch_size, sequence_length)
             current.ids = spread_ids(self.config, ids, shape, past, current.token_mask, tokens.device)
             current.open_experts = open_experts(self.config, current.ids)
-
-    def _router_losses(self, current: RoutingPass, report: bool) -> dict[str, torch.Tensor] | None:
-        """Unweighted losses by name, each the mean over the MoE layers; None when nothing was recorded.
-
-        Those with a coefficient above 0, and with `report` every loss that the configuration names.
-        """
-        layers = current.layers
-        if not current.record or not layers:
-            return None
-        is_step = self.training and torch.is_grad_enabled()
-        if is_step and self.config.balance_loss_scope == "global_batch":
-            counts = [layer.choice_counts() if layer.step_counts is None else layer.step_counts for layer in layers]
-            for layer, total in zip(layers, sum_over_ranks(counts), strict=True):
-                layer.global_counts = total
-        losses, device = {}, layers[0].router_logits.device
-        for name, coefficient in loss_coefficients(self.config).items():
-            if coefficient > 0 or report:
-                values = [LOSSES[name](layer) for layer in layers]
-                values = [value.to(device) for value in values if value is not None]
-                if values:
-                    losses[name] = torch.stack(values).mean()
-        return losses or None
 
 
 class MoEModel(MoEPreTrainedModel):
@@ -245,19 +223,23 @@ class MoEModel(MoEPreTrainedModel):
         if current is not None and not current.has_model:
             # Called by a head, which opened the pass and reads what the routers recorded in it.
             current.has_model = True
+            if current.replay is not None:
+                return current.replay
             self._describe_batch(current, named)
-            return super().forward(**named)
+            outputs = super().forward(**named)
+            return outputs if current.mixture is None else current.mixture.take(outputs, current.batch_size)
         return_dict = self._take_flag(named, "return_dict")
         output_router_logits = self._take_flag(named, "output_router_logits")
         ids = take_ids(self.config, named)
         with routing_pass(RoutingPass(record=self._wants_record(output_router_logits), has_model=True)) as current:
             self._describe_batch(current, named, ids)
             outputs = super().forward(**named, return_dict=True)
+        current.keep_carry(outputs)
         outputs = extended(
             MoEModelOutput,
             outputs,
             router_logits=tuple(layer.router_logits for layer in current.layers) if output_router_logits else None,
-            router_losses=self._router_losses(current, output_router_logits),
+            router_losses=losses_by_name(current, self.config, self.training, output_router_logits),
             router_stats=mean_stats(current.layers),
         )
         return outputs if return_dict else outputs.to_tuple()
@@ -267,6 +249,11 @@ class _MoEWithHead(MoEPreTrainedModel):
     """A decoder with a head that knows a loss, to which the router losses are added."""
 
     _output_class: type = MoECausalLMOutput
+    _predicts_tokens = False
+
+    def run_dense(self, named: dict):
+        """The dense model's own forward, with arguments by name."""
+        return super().forward(**named, return_dict=True)
 
     def forward(self, *args, **kwargs):
         """Run the dense model's forward; in training add the weighted router losses to its loss, once.
@@ -278,20 +265,23 @@ class _MoEWithHead(MoEPreTrainedModel):
         return_dict = self._take_flag(named, "return_dict")
         output_router_logits = self._take_flag(named, "output_router_logits")
         ids = take_ids(self.config, named)
-        with routing_pass(RoutingPass(record=self._wants_record(output_router_logits))) as current:
+        mixture = OutputMixture() if self._predicts_tokens and self.config.output_mixture else None
+        record = self._wants_record(output_router_logits)
+        with routing_pass(RoutingPass(record=record, mixture=mixture)) as current:
             # Some heads call the decoder inside the base model, which then does not describe the batch itself.
             self._describe_batch(current, named, ids)
-            outputs = super().forward(**named, return_dict=True)
+            outputs = self.run_dense(named) if mixture is None else mix_predictions(self, named, mixture)
+        current.keep_carry(outputs)
         if self.training and self.config.router_loss_coefs.get("policy_gradient_loss"):
             reward_predictions(current.layers, outputs.logits, named.get("labels"), named.get("shift_labels"))
         loss, aux_loss = outputs.loss, None
-        router_losses = self._router_losses(current, output_router_logits)
+        router_losses = losses_by_name(current, self.config, self.training, output_router_logits)
         if router_losses is not None:
             coefficients = loss_coefficients(self.config)
             aux_loss = sum(coefficients[name] * loss for name, loss in router_losses.items())
             if self.training:
                 joint = torch.is_grad_enabled() and self.config.balance_loss_scope == "global_batch"
-                aux_loss = aux_loss * _share_of_step(named, current, joint)
+                aux_loss = aux_loss * share_of_labels(named, current, joint)
                 if loss is not None:
                     loss = loss + aux_loss.to(loss.device, loss.dtype)
         outputs = extended(
@@ -308,6 +298,8 @@ class _MoEWithHead(MoEPreTrainedModel):
 
 class MoEForCausalLM(_MoEWithHead, GenerationMixin):
     """The decoder with its language-modelling head; the dense model's arguments, and `output_router_logits`."""
+
+    _predicts_tokens = True
 
     @staticmethod
     def _find_dense_class(config: MoEConfig) -> type:
@@ -367,15 +359,6 @@ class MoEForTokenClassification(_MoEClassifier):
     _output_class = MoETokenClassifierOutput
     _label_mapping = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
     _generic_head = GenericForTokenClassification
-
-
-def _share_of_step(named: dict, current: RoutingPass, joint: bool) -> torch.Tensor | float:
-    """What the router losses of this pass count for in the optimizer step, from its labels and `num_items_in_batch`."""
-    labels, shift_labels = named.get("labels"), named.get("shift_labels")
-    if shift_labels is None and labels is not None:
-        shift_labels = labels[..., 1:]
-    num_labels = None if shift_labels is None else (shift_labels != -100).sum()
-    return share_of_step(current.num_tokens(), num_labels, named.get("num_items_in_batch"), joint)
 
 
 # A saved model carries this code, and so does one that was loaded with it.

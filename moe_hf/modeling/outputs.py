@@ -13,7 +13,9 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from .losses import LayerRouting
+from .configuration_moe import MoEConfig
+from .losses import LOSSES, LayerRouting, loss_coefficients, share_of_step, sum_over_ranks
+from .routing_pass import RoutingPass
 
 
 @dataclass
@@ -91,8 +93,42 @@ def extended(output_class: type, outputs, **more):
     return result
 
 
+def losses_by_name(
+    current: RoutingPass, config: MoEConfig, training: bool, report: bool
+) -> dict[str, torch.Tensor] | None:
+    """Unweighted losses by name, each the mean over the MoE layers; None when nothing was recorded.
+
+    Those with a coefficient above 0, and with `report` every loss that the configuration names.
+    """
+    layers = current.layers
+    if not current.record or not layers:
+        return None
+    is_step = training and torch.is_grad_enabled()
+    if is_step and config.balance_loss_scope == "global_batch":
+        counts = [layer.choice_counts() if layer.step_counts is None else layer.step_counts for layer in layers]
+        for layer, total in zip(layers, sum_over_ranks(counts), strict=True):
+            layer.global_counts = total
+    losses, device = {}, layers[0].router_logits.device
+    for name, coefficient in loss_coefficients(config).items():
+        if coefficient > 0 or report:
+            values = [LOSSES[name](layer) for layer in layers]
+            values = [value.to(device) for value in values if value is not None]
+            if values:
+                losses[name] = torch.stack(values).mean()
+    return losses or None
+
+
 def mean_stats(layers: list[LayerRouting]) -> dict[str, torch.Tensor] | None:
     """The figures that routers reported, by name, each the mean over the layers that have it."""
     stats = [layer.routing.stats for layer in layers]
     values = {name: [s[name] for s in stats if name in s] for name in sorted({name for s in stats for name in s})}
     return {name: torch.stack([v.to(of[0].device) for v in of]).mean() for name, of in values.items()} or None
+
+
+def share_of_labels(named: dict, current: RoutingPass, joint: bool) -> torch.Tensor | float:
+    """What the router losses of a pass count for in the optimizer step, from its labels and `num_items_in_batch`."""
+    labels, shift_labels = named.get("labels"), named.get("shift_labels")
+    if shift_labels is None and labels is not None:
+        shift_labels = labels[..., 1:]
+    num_labels = None if shift_labels is None else (shift_labels != -100).sum()
+    return share_of_step(current.num_tokens(), num_labels, named.get("num_items_in_batch"), joint)

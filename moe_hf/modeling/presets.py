@@ -24,6 +24,8 @@ class Preset:
         in_a_decoder: how it differs from the source in a causal decoder.
         fields: fields of `MoEConfig`, by name.
         sized: further fields, from (decoder layers, D, F).
+        not_read: the fields whose values were not found in the source itself: they come from other people's code or text about
+            it, or are a choice of this package.
         sums_layers: whether the source adds up the losses of its layers, where `MoEConfig` takes their mean: the
             coefficients are then multiplied by the number of MoE layers.
     """
@@ -33,6 +35,12 @@ class Preset:
     fields: dict[str, Any] = field(default_factory=dict)
     sized: Callable[[int, int, int], dict[str, Any]] | None = None
     sums_layers: bool = False
+    not_read: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """The source, what differs, and which values are not the source's own words."""
+        text = f"{self.source}. In a decoder: {self.in_a_decoder}."
+        return text + (f" Not read in the source itself: {', '.join(self.not_read)}." if self.not_read else "")
 
 
 MLP_WIDTHS = ["intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff"]
@@ -78,14 +86,23 @@ def _pr_moe(layers: int, hidden_size: int, width: int) -> dict[str, Any]:
 PRESETS: dict[str, Preset] = {
     "jacobs1991": Preset(
         "Jacobs, Jordan, Nowlan and Hinton, Adaptive Mixtures of Local Experts, Neural Computation 3(1), 1991",
-        "the experts' outputs are mixed in every layer; the paper mixes the likelihoods of whole networks",
-        {"router_type": "dense", "num_experts": 8, "num_experts_per_tok": 8, **NO_LOSS},
+        "the experts' outputs are mixed in every layer but the last, whose experts each predict; the paper's experts are whole "
+        "networks",
+        {
+            "router_type": "dense",
+            "output_mixture": "likelihood",
+            "num_experts": 8,
+            "num_experts_per_tok": 8,
+            **NO_LOSS,
+        },
+        not_read=("num_experts",),
     ),
     "eigen2013": Preset(
         PAPER + "1312.4314",
         "weights are added up per optimizer step, not per example, so that no token sees the rest of its batch; the margin "
         "is not the paper's",
         {"router_type": "dense_margin", "num_experts": 8, "num_experts_per_tok": 8, **NO_LOSS},
+        not_read=("num_experts",),
     ),
     "bengio2013": Preset(
         PAPER + "1308.3432",
@@ -118,6 +135,7 @@ PRESETS: dict[str, Preset] = {
             "router_loss_coefs": {"importance_loss": 0.01, "load_loss": 0.01},
             **NO_LOSS,
         },
+        not_read=("num_experts_per_tok",),
     ),
     "gshard": Preset(
         PAPER + "2006.16668",
@@ -130,6 +148,7 @@ PRESETS: dict[str, Preset] = {
             "capacity_factor": 1.0,
             "router_z_loss_coef": 0.0,
         },
+        not_read=("decoder_sparse_step", "router_kwargs", "capacity_factor"),
     ),
     "switch": Preset(
         PAPER + "2101.03961; Mesh TensorFlow for the jitter",
@@ -144,6 +163,7 @@ PRESETS: dict[str, Preset] = {
             "router_z_loss_coef": 0.0,
         },
         sums_layers=True,
+        not_read=("decoder_sparse_step", "num_experts"),
     ),
     "vmoe": Preset(
         PAPER + "2106.05974 and its code, github.com/google-research/vmoe",
@@ -169,6 +189,7 @@ PRESETS: dict[str, Preset] = {
             "capacity_factor": 1.0,
             "router_z_loss_coef": 0.0,
         },
+        not_read=("decoder_sparse_step", "num_experts", "num_experts_per_tok"),
     ),
     "pr_moe": Preset(
         PAPER + "2201.05596, the 350M model with 32 and 64 experts",
@@ -201,6 +222,7 @@ PRESETS: dict[str, Preset] = {
             "num_experts_per_tok": 2,
             **NO_LOSS,
         },
+        not_read=("decoder_sparse_step", "num_experts", "num_experts_per_tok"),
     ),
     "deepseek_moe": Preset(
         PAPER + "2401.06066, the 16B model, and its code for the loss",
@@ -216,6 +238,7 @@ PRESETS: dict[str, Preset] = {
         },
         _deepseek_moe,
         sums_layers=True,
+        not_read=("router_aux_loss_coef",),
     ),
     "mixtral": Preset(
         PAPER + "2401.04088, and transformers for the loss",
@@ -240,6 +263,7 @@ PRESETS: dict[str, Preset] = {
             "router_z_loss_coef": 0.0,
             "router_loss_coefs": {"local_entropy_loss": 1e-4},
         },
+        not_read=("num_experts", "router_aux_loss_coef", "router_loss_coefs"),
     ),
     "lory": Preset(
         PAPER + "2405.03133",
@@ -251,6 +275,7 @@ PRESETS: dict[str, Preset] = {
             "num_experts_per_tok": 8,
             **NO_LOSS,
         },
+        not_read=("num_experts", "router_kwargs"),
     ),
     "mh_moe": Preset(
         PAPER + "2411.16205",

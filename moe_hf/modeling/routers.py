@@ -4,7 +4,9 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers.utils import logging
 
 from .configuration_moe import MoEConfig, MoEError
@@ -41,7 +43,10 @@ def register_router(
     options: tuple[str, ...] = (),
     causal: bool = True,
     cacheable: bool = True,
+    carries: bool = False,
     check: Callable | None = None,
+    state: tuple[str, ...] = (),
+    update: Callable[[dict, dict, dict[str, Any]], dict[str, torch.Tensor]] | None = None,
 ) -> None:
     """Add a routing function under `name`, for `MoEConfig(router_type=name)`.
 
@@ -53,16 +58,34 @@ def register_router(
         function (`Callable`): `fn(router_logits (T, E), context) -> Routing`.
         arguments (`tuple[str]` or `dict[str, Argument]`): the keys of `router_kwargs` that the function reads, with a
             default and a test each, or names alone. It finds them in `context.arguments`.
-        parameters, options, causal, cacheable, check: as `RouterSpec` has them.
+        parameters, options, causal, cacheable, carries, check: as `RouterSpec` has them.
+        state (`tuple[str]`): names of what the router knows from earlier batches, (E,) float32 buffers that start at zero,
+            are saved with the model, and are found in `context.state`.
+        update (`Callable`): `update(state, observed, arguments) -> state`, called once per optimizer step with the sums,
+            over passes and processes, of what the function returned as `Routing.observed` in training. `MoETrainer` sees to
+            it; in a loop of your own call `moe_hf.update_router_state(model)` after `optimizer.step()`.
 
     Raises:
-        MoEError: when `name` is taken.
+        MoEError: when `name` is taken, or one of `state` and `update` is given without the other.
     """
     if name in ROUTERS:
         raise MoEError(f"A router named {name!r} is already registered; choose another name.")
-    arguments = arguments if isinstance(arguments, dict) else {key: Argument() for key in arguments}
+    if bool(state) != (update is not None):
+        raise MoEError(
+            f"register_router({name!r}) got state={tuple(state)} and update={update}: buffers need a rule that moves them, "
+            "and a rule needs buffers. Give both, or neither."
+        )
     ROUTERS[name] = RouterSpec(
-        function, arguments, dict(parameters or {}), frozenset(options), causal, cacheable, check=check
+        function,
+        arguments if isinstance(arguments, dict) else {key: Argument() for key in arguments},
+        parameters=dict(parameters or {}),
+        options=frozenset(options),
+        causal=causal,
+        cacheable=cacheable,
+        carries=carries,
+        check=check,
+        state=tuple(state),
+        update=update,
     )
 
 
@@ -103,11 +126,8 @@ def why_no_cache(config: MoEConfig) -> str | None:
     spec = ROUTERS[config.router_type]
     if not spec.is_causal(config):
         return f"router_type={config.router_type!r} looks at the whole sequence, and with a cache it has only its end."
-    if config.routing_level in ("prefix", "sequence"):
-        return (
-            f"routing_level={config.routing_level!r} takes a mean over the sequence, and with a cache it has only the new "
-            "tokens. Generate with use_cache=False."
-        )
+    if config.routing_level == "sequence":
+        return "routing_level='sequence' takes a mean over the sequence, and with a cache it has only the new tokens."
     if not spec.cacheable:
         return (
             f"router_type={config.router_type!r} decides by earlier tokens of the sequence, and with a cache it has only "
@@ -126,6 +146,11 @@ def why_no_cache(config: MoEConfig) -> str | None:
             "generate with use_cache=False."
         )
     return None
+
+
+def carries_on(config: MoEConfig) -> bool:
+    """Whether its routers need to know something about earlier tokens when they decode with a cache."""
+    return config.routing_level == "prefix" or ROUTERS[config.router_type].carries
 
 
 def save_custom_code(config: MoEConfig, folder: str | Path) -> None:

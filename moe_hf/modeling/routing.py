@@ -49,6 +49,8 @@ class RoutingContext:
         arguments: `router_kwargs`, completed with the defaults of the routing function.
         parameters: the parameters of this layer's router besides its weight, by name.
         state: what this layer's router knows from earlier batches, by name, (E,) each.
+        carried: with a cache, what this layer's router carried on from the earlier tokens of each row
+            (`Routing.carry`), {} where there are none; None without a cache, when nothing is asked for.
     """
 
     config: MoEConfig
@@ -66,6 +68,7 @@ class RoutingContext:
     arguments: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     state: dict[str, torch.Tensor] = field(default_factory=dict)
+    carried: dict[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Routing:
             nothing was drawn, or nothing asks for it.
         observed: what the router's state is updated from, by name, (E,) each without a gradient; they add up over
             forward passes and processes.
+        carry: what the choices of later tokens of a row will depend on, by name, (B, ...) each, where
+            `RoutingContext.carried` is not None. With packed rows it is about the last document of a row.
     """
 
     top_k_index: torch.Tensor
@@ -95,6 +100,7 @@ class Routing:
     stats: dict[str, torch.Tensor] = field(default_factory=dict)
     log_prob: torch.Tensor | None = None
     observed: dict[str, torch.Tensor] = field(default_factory=dict)
+    carry: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 RoutingFunction = Callable[[torch.Tensor, RoutingContext], Routing]
@@ -141,6 +147,7 @@ class RouterSpec:
         causal: whether a token's experts and weights depend on that token and earlier ones of its sequence alone; or a
             function of the configuration that says so.
         cacheable: whether decoding step by step with a cache computes what a full forward pass does.
+        carries: whether it needs `Routing.carry` for that: its choices depend on earlier tokens of the sequence.
         merges_experts: whether it mixes the weights of experts, by `Routing.segment_index`, and not their outputs.
         check: raises `MoEError` for a configuration that the function cannot serve.
         state: names of (E,) float32 buffers that follow earlier batches; they start at zero and are saved.
@@ -154,6 +161,7 @@ class RouterSpec:
     options: frozenset[str] = frozenset()
     causal: bool | Callable[[MoEConfig], bool] = True
     cacheable: bool = True
+    carries: bool = False
     merges_experts: bool = False
     check: Callable[[MoEConfig, dict[str, Any]], None] | None = None
     state: tuple[str, ...] = ()
@@ -188,6 +196,7 @@ ROUTER_OPTIONS: dict[str, tuple[str, Callable[[MoEConfig], bool]]] = {
         "num_experts_per_layer, expert_intermediate_sizes and extra_experts",
         lambda config: bool(config.num_experts_per_layer or config.expert_intermediate_sizes or config.extra_experts),
     ),
+    "output_mixture": ("output_mixture", lambda config: config.output_mixture is not None),
     "groups": ("n_group and topk_group", lambda config: config.n_group is not None),
     "expert_groups": (
         "expert_groups without expert_group_prior",

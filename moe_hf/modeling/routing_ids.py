@@ -229,10 +229,10 @@ def limit_logits(router_logits: torch.Tensor, is_open: torch.Tensor, prior: floa
     return router_logits + prior * is_open
 
 
-def prefix_mean(
+def prefix_sums(
     hidden_states: torch.Tensor, sequence_ids: torch.Tensor, token_mask: torch.Tensor | None, longest: int
 ) -> torch.Tensor:
-    """The mean over the real tokens of a sequence up to each token, itself included, (T, D).
+    """The sum of the real tokens of a sequence up to each token, itself included, and their number, (T, D + 1).
 
     By doubling steps, not as a difference of sums over the row, which would lose the digits of late documents.
 
@@ -248,7 +248,24 @@ def prefix_mean(
         is_same = sequence_ids[step:] == sequence_ids[:-step]
         sums = sums + F.pad(sums[:-step] * is_same[:, None], (0, 0, step, 0))
         step *= 2
-    return sums[:, :-1] / sums[:, -1:].clamp_min(1)
+    return sums
+
+
+def add_to_first_document(
+    sums: torch.Tensor, carried: torch.Tensor | None, sequence_ids: torch.Tensor, batch_size: int
+) -> torch.Tensor:
+    """`sums` (T, N) with `carried` (B, N), those of earlier tokens, added in the document that each row begins with."""
+    if carried is None:
+        return sums
+    return sums + in_first_document(sequence_ids, batch_size)[:, None] * carried.repeat_interleave(
+        len(sums) // batch_size, dim=0
+    ).to(sums)
+
+
+def in_first_document(sequence_ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Whether a token belongs to the document that its row begins with, (T,); with a cache it continues an earlier one."""
+    by_row = sequence_ids.view(batch_size, -1)
+    return (by_row == by_row[:, :1]).reshape(-1)
 
 
 def sequence_mean(

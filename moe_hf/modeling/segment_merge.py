@@ -3,11 +3,12 @@
 A segment is `segment_length` neighbouring tokens of a sequence (of a document, when packed), padding not counted. The
 tokens of one segment decide the mixture of the next one, and the first segment has equal parts of all experts: a token
 depends on earlier segments and its own alone, and nothing is dropped. The arithmetic is that of one dense MLP, plus
-merging E experts once per segment.
+merging E experts once per segment of a forward pass: when decoding with a cache, once per token.
 
-Letters: T tokens, D model width, E experts, N segments.
+Letters: B batch, T tokens, D model width, E experts, N segments.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .configuration_moe import MoEConfig, MoEError
 from .dense_mlp import MLPSite
 from .experts import Experts
 from .routing import Argument, RouterSpec, Routing, RoutingContext
+from .routing_ids import in_first_document
 
 
 # The paper's, in tokens.
@@ -33,24 +35,60 @@ def segment_merge(router_logits: torch.Tensor, context: RoutingContext) -> Routi
     (https://huggingface.co/papers/2306.03745).
     """
     num_experts = router_logits.shape[-1]
-    segment, is_first, real = _segments(context, len(router_logits), router_logits.device)
+    spans = _segments(context, len(router_logits), router_logits.device)
+    segment, real = spans.segment, spans.real
     # At most T segments: rows without tokens stay zero.
     total = torch.zeros_like(router_logits).index_add(0, segment, router_logits * real[:, None])
     count = torch.zeros_like(router_logits[:, 0]).index_add(0, segment, real.to(router_logits.dtype))
+    carried = context.carried or {}
+    if carried:
+        first = segment.view(context.batch_size, -1)[:, 0]  # (B,), continued from the tokens before
+        total = total.index_add(0, first, carried["segment_sum"].to(total))
+        started = carried["tokens"] % context.arguments["segment_length"]
+        count = count.index_add(0, first, started.to(count))
     mean = total / count.clamp_min(1)[:, None]  # (N, E)
+    before = mean.roll(1, 0)  # of the segment before each, (N, E)
+    if carried:
+        before = before.index_copy(0, first, carried["mean_before"].to(before))
     if context.arguments["first_segment"] == "self":
         at_first = mean.detach()[segment].softmax(-1)
     else:
         at_first = torch.full_like(router_logits, 1 / num_experts)
-    weights = torch.where(is_first[:, None], at_first, mean[segment - 1].softmax(-1))  # (T, E)
+    weights = torch.where(spans.is_first[:, None], at_first, before[segment].softmax(-1))  # (T, E)
     index = torch.arange(num_experts, device=router_logits.device).expand_as(weights)
-    return Routing(top_k_index=index, top_k_weights=weights, segment_index=segment)
+    carry = {} if context.carried is None else _carry(spans, total, mean, before, context)
+    return Routing(top_k_index=index, top_k_weights=weights, segment_index=segment, carry=carry)
 
 
-def _segments(
-    context: RoutingContext, num_tokens: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The segment of each token, from 0 and not falling; whether it is its sequence's first; whether the token is real."""
+def _carry(
+    spans: "_Segments", total: torch.Tensor, mean: torch.Tensor, before: torch.Tensor, context: RoutingContext
+) -> dict[str, torch.Tensor]:
+    """What the segments after this forward pass need: the number of tokens of each row so far, the sum of the logits of
+    its last segment when that is not full, and the mean logits of the full one before."""
+    segment, place, real = (
+        values.view(context.batch_size, -1)[:, -1] for values in (spans.segment, spans.place, spans.real)
+    )
+    tokens = place + real
+    is_full = (real & (tokens % context.arguments["segment_length"] == 0))[:, None]
+    return {
+        "tokens": tokens,
+        "segment_sum": total[segment].masked_fill(is_full, 0),
+        "mean_before": torch.where(is_full, mean[segment], before[segment]),
+    }
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """For each token, (T,): its segment, from 0 and not falling; the number of real tokens of its document before it;
+    whether the segment is its document's first; whether the token is real."""
+
+    segment: torch.Tensor
+    place: torch.Tensor
+    is_first: torch.Tensor
+    real: torch.Tensor
+
+
+def _segments(context: RoutingContext, num_tokens: int, device: torch.device) -> _Segments:
     sequence = context.document_ids
     if sequence is None:
         sequence = torch.arange(num_tokens, device=device) // context.sequence_length
@@ -59,9 +97,12 @@ def _segments(
     real = torch.ones_like(sequence, dtype=torch.bool) if real is None else real.bool()
     before = real.cumsum(0) - real.long()
     place = before - before[torch.searchsorted(sequence, sequence)]
+    if context.carried:
+        earlier = context.carried["tokens"].repeat_interleave(num_tokens // context.batch_size)
+        place = place + earlier * in_first_document(sequence, context.batch_size)
     number = place // context.arguments["segment_length"]
     starts = (number[1:] != number[:-1]) | (sequence[1:] != sequence[:-1])
-    return F.pad(starts.cumsum(0), (1, 0)), number == 0, real
+    return _Segments(F.pad(starts.cumsum(0), (1, 0)), place, number == 0, real)
 
 
 class MergedExperts(Experts):
@@ -140,7 +181,7 @@ SEGMENT_MERGE = RouterSpec(
         "first_segment": Argument("uniform", "'uniform' or 'self'", lambda v: v in ("uniform", "self")),
     },
     causal=_is_causal,
-    cacheable=False,
+    carries=True,
     merges_experts=True,
     check=_check,
 )

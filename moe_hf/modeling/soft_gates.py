@@ -19,7 +19,8 @@ def dense(router_logits: torch.Tensor, context: RoutingContext) -> Routing:
     It costs E experts per token, and is what sparse routers are measured against.
 
     Source: Jacobs, Jordan, Nowlan and Hinton, Adaptive Mixtures of Local Experts (Neural Computation 3(1), 1991,
-    https://doi.org/10.1162/neco.1991.3.1.79), with the experts' outputs mixed inside the network, not their likelihoods.
+    https://doi.org/10.1162/neco.1991.3.1.79), with the experts' outputs mixed inside the network; for a mixture of
+    their likelihoods see `output_mixture`.
     """
     return _every_expert(wide(router_logits), context)
 
@@ -109,7 +110,7 @@ def _check_bernoulli(config: MoEConfig, arguments: dict[str, Any]) -> None:
 
 ESTIMATORS = ("straight_through", "reinforce")
 
-DENSE = RouterSpec(dense, check=_check_dense)
+DENSE = RouterSpec(dense, options=frozenset({"output_mixture"}), check=_check_dense)
 DENSE_MARGIN = RouterSpec(
     dense_margin,
     arguments={"margin": Argument(1.0, "a number >= 0", lambda v: isinstance(v, int | float) and v >= 0)},

@@ -170,10 +170,11 @@ def used_rows(
     config = context.config
     if config.norm_topk_prob:
         weights = weights / (weights * used).sum(-1, keepdim=True).clamp_min(1e-20)
-    token, expert = used.nonzero(as_tuple=True)
-    if len(token) == 0:
-        # Experts are called all the same, so that their parameters get a gradient, of zero.
-        token, expert, weights = token.new_zeros(1), token.new_zeros(1), weights * 0
+    # Where no expert is used at all one is called for nothing, so that the parameters get a gradient, of zero.
+    at_first = torch.zeros_like(used)
+    at_first[0, 0] = True
+    token, expert = (used | (at_first & ~used.any())).nonzero(as_tuple=True)
+    weights = weights * used
     unused = mean_count(~used.any(-1, keepdim=True), context)
     return Routing(
         top_k_index=expert[:, None],

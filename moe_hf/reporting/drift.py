@@ -13,8 +13,8 @@ from moe_hf.errors import MoEError
 from moe_hf.modeling.dense_mlp import MLPSite, activation_of, holder_of
 from moe_hf.upcycling.initialisers.mix import Mix
 from moe_hf.upcycling.method import UpcyclingMethod
+from moe_hf.upcycling.prepare import sites_of_experts
 from moe_hf.upcycling.recipes import BlockTensor, DensePiece, block_tensors, dense_pieces, slot_rows
-from moe_hf.upcycling.upcycle import sites_of_experts
 
 
 @torch.no_grad()

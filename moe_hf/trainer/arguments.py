@@ -138,6 +138,36 @@ class ModelArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     experts_implementation: str | None = field(default=None, metadata={"help": "eager, grouped_mm or batched_mm."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the checkpoint."})
+    upcycle: dict | str | None = field(
+        default=None,
+        metadata={"help": "Turn `model`, a dense one, into a MoE first: arguments of moe_hf.upcycle, a map or JSON."},
+    )
+    control: str | None = field(
+        default=None,
+        metadata={
+            "help": "A dense model that is trained by the same recipe after it, for comparison: a folder, a Hub id, or "
+            "`parent` for the one that the MoE was made from."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.upcycle = json_map("upcycle", self.upcycle)
+
+
+def json_map(name: str, value: dict | str | None) -> dict | None:
+    """`value` as a map; on the command line it is JSON.
+
+    Raises:
+        MoEError: it is something else.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise MoEError(f"{name} is not JSON: {error}.") from error
+    if value is not None and not isinstance(value, dict):
+        raise MoEError(f"{name} is {value!r}; it must be a map of names and values.")
+    return value
 
 
 @dataclass
@@ -154,12 +184,8 @@ class ConfigArguments:
     tokenizer_vocab_size: int = field(default=4096, metadata={"help": "Vocabulary of the tokenizer that is trained."})
 
     def __post_init__(self) -> None:
-        if isinstance(self.model_config, str):
-            try:
-                self.model_config = json.loads(self.model_config)
-            except json.JSONDecodeError as error:
-                raise MoEError(f"model_config is not JSON: {error}.") from error
-        if not isinstance(self.model_config, dict) or "model_type" not in self.model_config:
+        self.model_config = json_map("model_config", self.model_config)
+        if self.model_config is None or "model_type" not in self.model_config:
             raise MoEError("model_config needs the fields of a config with its model_type, e.g. {model_type: llama}.")
 
 
@@ -168,11 +194,25 @@ class DataArguments:
     """Which text, how much is held out, and how it is cut."""
 
     dataset: str = field(
-        default=BUILTIN_CORPUS, metadata={"help": "`builtin`, a file or folder of text, or the name of a Hub dataset."}
+        default=BUILTIN_CORPUS,
+        metadata={
+            "help": "`builtin` or another built-in name, a file or folder of text, or the name of a Hub dataset."
+        },
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     text_column: str = field(default="text", metadata={"help": "Column with the text."})
     domains: list[str] | None = field(default=None, metadata={"help": "Keep these domains only."})
+    ids_from_domain: str | None = field(
+        default=None,
+        metadata={
+            "help": "Give each document the number of its domain (in alphabetical order) as this id for the routers: "
+            "task_ids, language_ids or modality_ids."
+        },
+    )
+    augment: list[str] | None = field(
+        default=None,
+        metadata={"help": "Change the text of training documents: see moe_hf.augmentation.AUGMENTATIONS."},
+    )
     held_out_share: float = field(default=0.05, metadata={"help": "Share of each domain's documents for evaluation."})
     split_seed: int = field(default=0, metadata={"help": "Seed of the choice of held-out documents."})
     block_size: int = field(default=256, metadata={"help": "Tokens per row."})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, TrainerCallback
 
 from moe_hf.errors import MoEError
-from moe_hf.modeling.moe_block import Router
+from moe_hf.modeling.router import Router
 
 
 SHAPES = ("linear", "cosine", "step")

@@ -18,6 +18,7 @@ from moe_hf.finetuning.expert_deltas import DELTAS_NAME, save_expert_deltas
 from moe_hf.finetuning.expert_lora import add_expert_lora, lora_adapters, merge_expert_lora, unmerge_expert_lora
 from moe_hf.finetuning.lora_config import ExpertLoraConfig
 from moe_hf.finetuning.lora_files import LORA_NAME, save_expert_lora
+from moe_hf.finetuning.lora_sharding import is_sharded
 from moe_hf.finetuning.scopes import ScopeReport, apply_scope, report_scope
 from moe_hf.hub import push_model
 from moe_hf.reporting.card import model_card
@@ -43,7 +44,8 @@ class MoETrainer(StepTrainer):
     - `args.scope` freezes everything outside one part of the model before the optimizer is made (`scope_report`). With
       the scope `selected` checkpoints hold what trains (`expert_deltas.safetensors`), and `save_model` the whole model.
       With adapters of experts (the scope `expert_lora`, or `add_expert_lora` before) checkpoints hold these
-      (`expert_lora.safetensors`), and `save_model` writes the whole model, merged, with the adapters beside it.
+      (`expert_lora.safetensors`), and `save_model` writes the whole model, merged, with the adapters beside it; the
+      adapters alone where experts are sharded.
     - Checkpoints appear whole, with a manifest of checksums, or not at all; resuming takes the newest one that is
       whole, says which, and loads every weight or refuses. `Trainer` loses the experts of a checkpoint that stores
       them one by one.
@@ -82,7 +84,7 @@ class MoETrainer(StepTrainer):
         args.logging_nan_inf_filter = False
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
-        super().__init__(model, args, **kwargs)
+        super().__init__(model=model, args=args, **kwargs)
         if self._trains_selected() and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise MoEError("The scope selected trains in one process or with DDP, not with FSDP or DeepSpeed.")
         if self.scope_report is not None and self.is_world_process_zero():
@@ -113,10 +115,13 @@ class MoETrainer(StepTrainer):
             return
         destination = output_dir or Path(self.args.output_dir) / FINAL_FOLDER
         with self._folder(destination) as folder, self._given_dtypes_restored():
-            if lora_adapters(self._unwrapped()):
-                save_expert_lora(self._unwrapped(), folder)
-            with self._adapters_merged():
-                super().save_model(str(folder), _internal_call=True)
+            has_adapters = bool(lora_adapters(self._unwrapped()))
+            if has_adapters:
+                self._save_lora(folder)
+            # Adapters of experts that are spread over processes are merged on a whole model, later.
+            if not (has_adapters and is_sharded(self._unwrapped())):
+                with self._adapters_merged():
+                    super().save_model(str(folder), _internal_call=True)
             if self.args.should_save:
                 has_tokenizer = self.processing_class is not None
                 card = model_card(self._unwrapped(), card_facts=self._card_facts(), has_tokenizer=has_tokenizer)

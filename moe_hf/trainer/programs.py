@@ -15,13 +15,17 @@ from transformers import (
     set_seed,
 )
 
+from moe_hf.augmentation import augment
 from moe_hf.data import check_packing, load_text, split_by_document, tokenize_and_pack, train_tokenizer
 from moe_hf.errors import MoEError
+from moe_hf.library_tasks import LIBRARY_TASKS, library_task
 from moe_hf.metrics import LanguageModelMetrics, token_statistics
 from moe_hf.modeling.configuration_moe import MoEConfig
+from moe_hf.modeling.routing_ids import ID_ARGUMENTS
 from moe_hf.trainer.arguments import ConfigArguments, DataArguments, ModelArguments, MoETrainingArguments
 from moe_hf.trainer.checkpoints import agree, choose_checkpoint, list_checkpoints
 from moe_hf.trainer.moe_trainer import FINAL_FOLDER, MoETrainer
+from moe_hf.upcycling import upcycle
 
 
 def run_program(main: Callable[[], None]) -> None:
@@ -35,7 +39,10 @@ def run_program(main: Callable[[], None]) -> None:
 
 def load_documents(args: DataArguments) -> tuple[Dataset, Dataset]:
     """Return the `(train, held_out)` documents that `args` describe."""
-    documents = load_text(args.dataset, split=args.dataset_split, text_column=args.text_column)
+    if args.dataset in LIBRARY_TASKS:
+        documents = _text_of(library_task(args.dataset), args.dataset)
+    else:
+        documents = load_text(args.dataset, split=args.dataset_split, text_column=args.text_column)
     if args.domains:
         known = sorted(set(documents["domain"]))
         unknown = [name for name in args.domains if name not in known]
@@ -43,7 +50,28 @@ def load_documents(args: DataArguments) -> tuple[Dataset, Dataset]:
             raise MoEError(f"No domain {unknown[0]!r} in {args.dataset!r}; it has {', '.join(known)}.")
         wanted = set(args.domains)
         documents = documents.select([i for i, name in enumerate(documents["domain"]) if name in wanted])
-    return split_by_document(documents, args.held_out_share, args.split_seed)
+    if args.ids_from_domain is not None:
+        documents = _with_domain_ids(documents, args.ids_from_domain)
+    train, held_out = split_by_document(documents, args.held_out_share, args.split_seed)
+    return augment(train, args.augment or (), args.split_seed), held_out
+
+
+def _text_of(documents: Dataset, name: str) -> Dataset:
+    if "text" not in documents.column_names:
+        raise MoEError(
+            f"{name!r} has no column of text, which this program trains on; see the recipes for its program."
+        )
+    return documents
+
+
+def _with_domain_ids(documents: Dataset, name: str) -> Dataset:
+    if name not in ID_ARGUMENTS:
+        raise MoEError(f"ids_from_domain={name!r}: choose {', '.join(ID_ARGUMENTS)}.")
+    domains = sorted(set(documents["domain"]))
+    print(f"{name}: " + ", ".join(f"{i} {domain}" for i, domain in enumerate(domains)))
+    if name in documents.column_names:
+        documents = documents.remove_columns(name)
+    return documents.add_column(name, [domains.index(domain) for domain in documents["domain"]])
 
 
 def training_blocks(documents: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Dataset:
@@ -74,7 +102,7 @@ def _at_most(blocks: Dataset, max_tokens: int | None, block_size: int) -> Datase
 
 
 def load_checkpoint(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model and the tokenizer that `args` name."""
+    """Load the model and the tokenizer that `args` name; with `args.upcycle` the model becomes a MoE."""
     if args.model is None:
         raise MoEError("No model: set `model` in the recipe, or --model, to a folder or a Hub id.")
     if args.dtype not in ("auto", "float32", "bfloat16"):
@@ -94,6 +122,8 @@ def load_checkpoint(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTo
         raise MoEError(
             f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size}. Give the model's own tokenizer."
         )
+    if args.upcycle is not None:
+        model = upcycle(model, **({"tokenizer": tokenizer} | args.upcycle))
     return model, tokenizer
 
 
@@ -142,13 +172,15 @@ def make_trainer(
     data: DataArguments,
     documents: tuple[Dataset, Dataset],
     *,
+    trainer_class: type[MoETrainer] = MoETrainer,
     only_evaluate: bool = False,
+    **kwargs,
 ) -> MoETrainer:
-    """Pack `(train, held_out)` documents and build the trainer with its metrics."""
+    """Pack `(train, held_out)` documents and build the trainer with its metrics; it gets `kwargs` too."""
     if data.packed:
         check_packing(model)
     train, held_out = documents
-    return MoETrainer(
+    return trainer_class(
         model,
         args,
         train_dataset=None if only_evaluate else training_blocks(train, tokenizer, data),
@@ -156,6 +188,7 @@ def make_trainer(
         processing_class=tokenizer,
         compute_metrics=LanguageModelMetrics(),
         preprocess_logits_for_metrics=token_statistics,
+        **kwargs,
     )
 
 

@@ -81,7 +81,7 @@ def _copy_activation(activations: Sequence[object], block: MoEBlock) -> None:
         return
     learned = [activation.state_dict() for activation in activations]
     mean = {name: average([state[name] for state in learned]) for name in learned[0]}
-    for part in (block.experts, block.shared_expert):
+    for part in (block.experts, block.shared_expert, block.dense_ffn):
         if part is not None:
             part.act_fn.load_state_dict(mean)
 

@@ -13,7 +13,7 @@ import torch
 from moe_hf.errors import MoEError
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.dense_mlp import MLPSite
-from moe_hf.modeling.moe_block import Router
+from moe_hf.modeling.router import Router
 from moe_hf.upcycling.initialisers import Copy, DenseLayer, Initialiser, make_initialiser
 from moe_hf.upcycling.recipes import ExpertRecipe, random_generator
 from moe_hf.upcycling.router_init import NormalRouter, RouterInit, RouterLayer, make_router_init

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
-from moe_hf.finetuning.router_watch import find_routers
-from moe_hf.modeling.moe_block import Router
+from moe_hf.modeling.router import Router
 from moe_hf.modeling.routing import wide
+from moe_hf.router_outputs import find_routers, real_choices
 from moe_hf.upcycling.router_init.entropy import mean_entropy
 from moe_hf.upcycling.router_init.hidden_states import check_token_ids
 
@@ -35,7 +35,7 @@ class RoutingProbe:
     """How the routers of a model treat some tokens.
 
     Attributes:
-        num_tokens: T.
+        num_tokens: T; sub-tokens, where these are routed.
         layers: names of the MoE blocks, L.
         top_1_probability: of each layer, the mean over tokens of the largest score, of scores that sum to 1; experts
             with equal logits, as shards of one copy have, count together.
@@ -130,6 +130,8 @@ class RoutingRecorder:
             MoEError: when the model has no routers.
         """
         routers = find_routers(model)
+        if not routers:
+            raise MoEError(f"{type(model).__name__} has no MoE block: there is no routing to look at.")
         mask = None if attention_mask is None else attention_mask.flatten().bool()
         handles = []
         for name, router in routers.items():
@@ -173,20 +175,11 @@ class _LayerSums:
 
         @torch.no_grad()
         def add(router: nn.Module, args: tuple, output: Any) -> None:
-            if not isinstance(output, tuple) or len(output) < 3:
-                raise MoEError(
-                    f"{type(router).__name__} returns no (logits, weights, index): its choices are not known."
-                )
-            index = output[2]
-            logits = output[0]  # (T, E)
-            if not isinstance(router, Router):
-                # Some routers of transformers return it after the softmax.
+            if not isinstance(router, Router) and isinstance(output, tuple):
+                # Some routers of transformers return the logits after the softmax.
                 tokens = wide(args[0].flatten(0, -2))
-                logits = functional.linear(tokens, router.weight.to(tokens.dtype))
-            if mask is not None:
-                real = mask.to(logits.device)
-                index = index[real if len(output) == 3 else real[output[3]]]
-                logits = logits[real]
+                output = (functional.linear(tokens, router.weight.to(tokens.dtype)), *output[1:])
+            logits, index = real_choices(router, output, mask)
             scores = logits if self.scoring_func == "softmax" else functional.logsigmoid(logits)
             probability = scores.softmax(-1)
             largest = probability.max(-1, keepdim=True).values

@@ -11,8 +11,7 @@ A dense MLP is read in pieces of one orientation: `gate` and `up` (F, D), `down`
 Letters: D model width, F expert width, E experts.
 """
 
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -22,6 +21,7 @@ from torch import nn
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.dense_mlp import MLPSite, expert_tensors
 from moe_hf.modeling.routing import wide
+from moe_hf.upcycling.gaussians import GaussianStream, key_to_seed
 
 
 # Of the float32 numbers that are worked on at a time: less than the C library takes from the system and gives back with
@@ -89,21 +89,25 @@ class BlockTensor:
 
 
 class DensePiece:
-    """One piece of a dense MLP with its moments, which several experts ask for."""
+    """One piece of a dense MLP with its moments, which several experts ask for.
 
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
+    Args:
+        tensor (`torch.Tensor`): the piece.
+        mapped (`Callable`): what runs over its blocks, as `map` does.
+    """
+
+    def __init__(self, tensor: torch.Tensor, mapped: Callable[..., Iterable] = map):
+        self.tensor, self._mapped = tensor, mapped
 
     @cached_property
     def std(self) -> float:
         """Standard deviation over all values."""
-        return moments(self.tensor)[1]
+        return moments(self.tensor, mapped=self._mapped)[1]
 
 
 def random_generator(*key: int | str) -> torch.Generator:
     """A CPU generator that depends on all parts of its key alone, so that experts can be made in any order."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(key_to_seed(*key) >> 1)
 
 
 def dense_pieces(holder: nn.Module, site: MLPSite) -> dict[str, torch.Tensor]:
@@ -141,13 +145,21 @@ def block_tensors(
                 start += rows
         tensors[f"experts.{name}"] = BlockTensor((len(recipes), *shape), tuple(slots))
     if shared is not None:
-        projections = ("gate", "up", "down") if site.gated else ("up", "down")
-        shapes = _piece_shapes(site, config.shared_expert_intermediate_size)
-        for kind, ending in (("weight", ""), ("bias", "_bias")) if site.has_bias else (("weight", ""),):
-            for projection in projections:
-                shape = shapes[projection + ending]
-                slot = Slot(0, shape[0], projection + ending, shared)
-                tensors[f"shared_expert.{projection}_proj.{kind}"] = BlockTensor(shape, (slot,))
+        tensors |= _dense_mlp("shared_expert", shared, config.shared_expert_intermediate_size, site)
+    if config.moe_dense_ffn is not None:
+        silent = ExpertRecipe(output_scale=0.0, bias_scale=0.0)
+        tensors |= _dense_mlp("dense_ffn", silent, site.intermediate_size, site)
+    return tensors
+
+
+def _dense_mlp(part: str, recipe: ExpertRecipe, width: int, site: MLPSite) -> dict[str, BlockTensor]:
+    """The tensors of one MLP that stands beside the routed experts."""
+    shapes, tensors = _piece_shapes(site, width), {}
+    for kind, ending in (("weight", ""), ("bias", "_bias")) if site.has_bias else (("weight", ""),):
+        for projection in ("gate", "up", "down") if site.gated else ("up", "down"):
+            shape = shapes[projection + ending]
+            slot = Slot(0, shape[0], projection + ending, recipe)
+            tensors[f"{part}.{projection}_proj.{kind}"] = BlockTensor(shape, (slot,))
     return tensors
 
 
@@ -188,19 +200,20 @@ def slot_rows(slot: Slot, piece: DensePiece, dtype: torch.dtype) -> Iterator[tor
         redraw = _redraw(tensor, positions if neurons is None else neurons[positions], by_column)
     scale = {"down": recipe.output_scale, "down_bias": recipe.bias_scale}.get(slot.piece, 1.0)
     noise = recipe.noise * piece.std if recipe.noise > 0 else 0.0
-    generator = random_generator(*recipe.key, slot.piece) if noise or redraw is not None else None
+    gaussians = GaussianStream(*recipe.key, slot.piece) if noise or redraw is not None else None
     columns = 1 if tensor.dim() == 1 else (tensor.shape[1] if neurons is None or by_row else len(neurons))
     step = max(1, BLOCK_BYTES // (4 * columns))
     for start in range(0, slot.rows, step):
         stop = min(start + step, slot.rows)
         kept = neurons[start:stop] if by_row and neurons is not None else neurons
         block = _gather(tensor, kept, start, stop, by_column)
-        if generator is not None or scale != 1:
-            block = wide(block)
         if redraw is not None:
-            block = _replace(block, positions, redraw, generator, start, by_column)
+            block = _replace(wide(block), positions, redraw, gaussians, start, by_column)
         if noise:
-            block = _normal(block, generator).mul_(noise).add_(block)
+            drawn = gaussians.draw(block.shape, noise).to(block.device)
+            block = drawn.to(torch.promote_types(block.dtype, torch.float32)).add_(block)
+        elif scale != 1:
+            block = wide(block)
         if scale != 1:
             block = block * scale
         if kept is not None:
@@ -227,7 +240,7 @@ def _replace(
     block: torch.Tensor,
     positions: torch.Tensor,
     redraw: tuple[float, float],
-    generator: torch.Generator,
+    gaussians: GaussianStream,
     start: int,
     by_column: bool,
 ) -> torch.Tensor:
@@ -237,35 +250,39 @@ def _replace(
     inside = positions if by_column else positions[(positions >= start) & (positions < start + rows)] - start
     inside = inside.to(block.device)
     axis = 1 if by_column else 0
-    drawn = mean + std * _normal(block.index_select(axis, inside), generator)
+    replaced = list(block.shape)
+    replaced[axis] = len(inside)
+    drawn = mean + std * gaussians.draw(replaced).to(block.device, block.dtype)
     return block.index_copy(axis, inside, drawn)
 
 
-def _normal(block: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(block.shape, generator=generator, dtype=torch.float32).to(block.device, block.dtype)
-
-
 @torch.no_grad()
-def moments(tensor: torch.Tensor, neurons: torch.Tensor | None = None, by_column: bool = False) -> tuple[float, float]:
+def moments(
+    tensor: torch.Tensor,
+    neurons: torch.Tensor | None = None,
+    by_column: bool = False,
+    mapped: Callable[..., Iterable] = map,
+) -> tuple[float, float]:
     """Mean and standard deviation (of the whole population) of a tensor or of some of its rows or columns.
 
-    Computed in float64, in blocks, so that a large tensor in a 16-bit dtype is not copied.
+    Computed in float64, in blocks, so that a large tensor in a 16-bit dtype is not copied; `mapped` may run over the
+    blocks with several threads.
     """
-    rows = tensor.shape[0]
     columns = 1 if tensor.dim() == 1 else tensor.shape[1]
     step = max(1, BLOCK_BYTES // (8 * columns))
     row_neurons = None if by_column else neurons
-    total, squares, count = 0.0, 0.0, 0
-    for start in range(0, rows if row_neurons is None else len(row_neurons), step):
+
+    def sums(start: int) -> tuple[float, float, int]:
         if row_neurons is not None:
-            block = tensor.index_select(0, row_neurons[start : start + step]).double()
+            block = tensor.index_select(0, row_neurons[start : start + step])
         else:
-            block = tensor[start : start + step].double()
+            block = tensor[start : start + step]
             block = block if neurons is None else block.index_select(1, neurons)
-        total, squares, count = (
-            total + float(block.sum()),
-            squares + float(block.square().sum()),
-            count + block.numel(),
-        )
+        flat = block.double().flatten()
+        return float(flat.sum()), float(flat.dot(flat)), len(flat)
+
+    rows = tensor.shape[0] if row_neurons is None else len(row_neurons)
+    parts = list(mapped(sums, range(0, rows, step)))
+    total, squares, count = (sum(part[index] for part in parts) for index in range(3))
     mean = total / max(count, 1)
     return mean, max(squares / max(count, 1) - mean**2, 0.0) ** 0.5

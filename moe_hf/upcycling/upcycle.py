@@ -1,6 +1,7 @@
 """`upcycle`: a dense causal language model in, a verified MoE model out."""
 
 import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,15 +16,15 @@ from transformers import (
 )
 
 from moe_hf.modeling.configuration_moe import MoEConfig, MoEError
-from moe_hf.modeling.dense_mlp import MLPSite, find_mlp_sites
+from moe_hf.modeling.dense_mlp import MLPSite
 from moe_hf.modeling.modeling_moe import MoEForCausalLM, MoEPreTrainedModel
-from moe_hf.upcycling.fill import copy_other_weights, fill_blocks, outside_mlps
-from moe_hf.upcycling.initialisers import Initialiser, make_initialiser
-from moe_hf.upcycling.initialisers.mix import Mix, check_same_family, check_same_tensors, check_same_vocabulary
+from moe_hf.upcycling.fill import copy_other_weights, fill_blocks
+from moe_hf.upcycling.initialisers import Initialiser
 from moe_hf.upcycling.method import UpcyclingMethod
 from moe_hf.upcycling.observations import observe
+from moe_hf.upcycling.prepare import prepare
 from moe_hf.upcycling.probe import RoutingRecorder
-from moe_hf.upcycling.router_init import RouterInit, make_router_init
+from moe_hf.upcycling.router_init import RouterInit
 from moe_hf.upcycling.verification import (
     EXACT_TOLERANCE,
     NUM_SEQUENCES,
@@ -80,26 +81,21 @@ def upcycle(
     Raises:
         MoEError: for a source that is no dense decoder, or a result that should be exact and is not.
     """
-    method = UpcyclingMethod(
-        init=make_initialiser(init),
-        router_init=make_router_init(router_init),
+    ready = prepare(
+        dense,
+        _load_dense,
+        num_experts=num_experts,
+        num_experts_per_tok=num_experts_per_tok,
+        init=init,
+        router_init=router_init,
         noise=noise,
         shared_share=shared_share,
         seed=seed,
+        config_fields=config_fields,
     )
-    source, model = _load_dense(dense)
-    config = moe_config(model, num_experts, num_experts_per_tok, config_fields)
-    method = method.settled(config)
-    method.check(config, model.dtype)
-    with torch.device("meta"):
-        # On the meta device first: a mistake in the fields costs nothing.
-        MoEForCausalLM(copy.deepcopy(config))
+    method, config, models, sites = ready.method, ready.config, ready.models, ready.sites
+    model = models[0]
     seen = observe(method, config, lambda: model, inputs, lambda: tokenizer or _tokenizer(dense))
-    models = [model, *_load_sources(method.init, model, source, config)]
-    sites = [sites_of_experts(m, config) for m in models]
-    widths = [tuple(site.intermediate_size for site in layer) for layer in zip(*sites, strict=True)]
-    method.set_width(config, sites[0], widths)
-    config.dtype = model.dtype
     moe = MoEForCausalLM._from_config(config).to(model.device).eval()
     averaged = method.init.averaged(config)
     copy_other_weights(
@@ -107,9 +103,8 @@ def upcycle(
     )
     fill_blocks([m.base_model for m in models], sites, moe.base_model, config, method, seen.layers)
     moe.tie_weights()
-    if model.can_generate():
-        moe.generation_config = copy.deepcopy(model.generation_config)
-    config.upcycling = {"source": source, **revision_of(model.config), **method.to_dict(), **seen.facts}
+    moe.generation_config = copy.deepcopy(model.generation_config)
+    config.upcycling = {"source": ready.source, **revision_of(model.config), **method.to_dict(), **seen.facts}
     check_result(model, moe, config, method, sites[0], tokens_to_check(verify_inputs, inputs), allow_inexact)
     return moe
 
@@ -152,40 +147,7 @@ def check_result(
     routing.warn()
 
 
-def sites_of_experts(model: PreTrainedModel, config: MoEConfig) -> list[MLPSite]:
-    """The MLPs of a dense model that become experts."""
-    return [site for site in find_mlp_sites(model.base_model) if config.is_moe_layer(site.layer_index)]
-
-
-def _load_sources(
-    init: Initialiser, base: PreTrainedModel, base_name: str, config: MoEConfig
-) -> list[PreTrainedModel]:
-    """The other dense models that experts come from, checked against the first."""
-    models = []
-    for given in init.sources if isinstance(init, Mix) else ():
-        name, model = _load_dense(given)
-        check_source(base, base_name, model, name, config)
-        models.append(model)
-    return models
-
-
-def check_source(base: PreTrainedModel, base_name: str, model: PreTrainedModel, name: str, config: MoEConfig) -> None:
-    """Refuse a dense model that is not of the base's architecture and vocabulary.
-
-    Raises:
-        MoEError: naming what differs.
-    """
-    sites, shapes = [], []
-    for one in (base, model):
-        sites.append(sites_of_experts(one, config))
-        others = outside_mlps(one.state_dict(), sites[-1], f"{one.base_model_prefix}.")
-        shapes.append({key: tuple(tensor.shape) for key, tensor in others.items()})
-    check_same_family(base.config, model.config, *sites, name)
-    check_same_tensors(*shapes, name)
-    check_same_vocabulary(base_name, name)
-
-
-def _load_dense(dense: PreTrainedModel | str | Path) -> tuple[str, PreTrainedModel]:
+def _load_dense(dense: PreTrainedModel | str | os.PathLike) -> tuple[str, PreTrainedModel]:
     if isinstance(dense, PreTrainedModel):
         if isinstance(dense, MoEPreTrainedModel):
             raise MoEError(f"The source is a {type(dense).__name__}, which already has experts; give a dense model.")
@@ -218,26 +180,6 @@ def _tokenizer(dense: PreTrainedModel | str | Path) -> PreTrainedTokenizerBase |
         return AutoTokenizer.from_pretrained(name) if name else None
     except (OSError, ValueError):
         return None
-
-
-def moe_config(model: PreTrainedModel, num_experts: int, num_experts_per_tok: int, fields: dict) -> MoEConfig:
-    """The configuration of a MoE made from a dense model.
-
-    Raises:
-        MoEError: for a model that is not transformers' own, or fields that are not valid.
-    """
-    if type(model).__module__.split(".")[0] != "transformers":
-        raise MoEError(
-            f"{type(model).__name__} is defined outside of transformers (remote code); only its own decoders can be "
-            "turned into experts."
-        )
-    text_config = copy.deepcopy(model.config)
-    text_config.name_or_path = ""
-    config = MoEConfig(
-        text_config=text_config, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok, **fields
-    )
-    config._attn_implementation = model.config._attn_implementation
-    return config
 
 
 def _inexact_message(result: VerificationResult, reason: str | None) -> str:

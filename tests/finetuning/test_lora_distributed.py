@@ -42,4 +42,4 @@ def test_two_processes_equal_one(layout, option, results):
     assert actual.keys() == {f"{b}.{n}" for b, a in lora_adapters(one).items() for n, _ in a.named_parameters()}
     for name, grad in actual.items():
         block, _, parameter = name.rpartition(".")
-        assert relative_error(expected["grads"][f"{block}.experts.lora_adapter.{parameter}"], grad) <= 2e-6, name
+        assert relative_error(expected["grads"][f"{block}.experts.lora_adapter.{parameter}"], grad) <= 1e-6, name

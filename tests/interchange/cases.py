@@ -101,6 +101,13 @@ REFUSED = {
     "query-norms-mixtral": Case("qwen3", "mixtral", says="without biases or norms of its own.*and qwen3 does not"),
     "no-query-norms-qwen3_moe": Case("llama", "qwen3_moe", says="normalises queries and keys per head"),
     "sigmoid-mixtral": Case("llama", "mixtral", moe=SIGMOID, says="scoring_func='sigmoid'"),
+    "dense-layer-mixtral": Case("llama", "mixtral", moe={"moe_dense_ffn": "before"}, says="moe_dense_ffn='before'"),
+    "predictions-mixtral": Case(
+        "llama",
+        "mixtral",
+        moe={"router_type": "dense", "num_experts_per_tok": 4, "output_mixture": "likelihood"},
+        says="router_type='dense'",
+    ),
     "softmax-glm4_moe": Case("llama", "glm4_moe", says="scoring_func='softmax'"),
     "scale-mixtral": Case("llama", "mixtral", moe={"routed_scaling_factor": 2.0}, says="no such factor"),
     "cosine-mixtral": Case("llama", "mixtral", moe={"router_arch": "cosine"}, says="router_arch='cosine'"),

@@ -277,7 +277,9 @@ def test_every_field_of_our_config_is_thought_of():
     computed += "scoring_func routed_scaling_factor shared_expert_intermediate_size shared_expert_gate "
     computed += "first_k_dense_replace decoder_sparse_step mlp_only_layers n_group topk_group balance_strategy "
     computed += "eval_capacity_factor router_noise router_arch routing_level num_tasks router_per_task expert_groups "
-    computed += "num_experts_per_layer expert_intermediate_sizes extra_experts num_moe_heads"
+    computed += (
+        "num_experts_per_layer expert_intermediate_sizes extra_experts num_moe_heads moe_dense_ffn output_mixture"
+    )
     others = (
         "router_aux_loss_coef router_z_loss_coef router_jitter_noise output_router_logits upcycling format_version "
     )

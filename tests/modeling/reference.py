@@ -7,7 +7,7 @@ from torch import nn
 
 from moe_hf import MoEConfig
 from moe_hf.modeling.dense_mlp import activation_of, find_mlp_sites, holder_of
-from moe_hf.modeling.experts import Experts
+from moe_hf.modeling.experts import DenseMLP, Experts
 from moe_hf.modeling.moe_block import MoEBlock
 from tests.tiny_models import tiny_dense
 
@@ -60,11 +60,15 @@ def reference_extra_expert(block: MoEBlock, place: int, sequence: torch.Tensor) 
     return sum(weight * value for weight, value in zip(expert.weight, latest_first, strict=False))
 
 
+def reference_mlp(mlp: DenseMLP, token: torch.Tensor) -> torch.Tensor:
+    """A gated MLP without biases, (D,) -> (D,)."""
+    hidden = mlp.act_fn(mlp.gate_proj.weight @ token) * (mlp.up_proj.weight @ token)
+    return mlp.down_proj.weight @ hidden
+
+
 def reference_shared(block: MoEBlock, token: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
     """The routed experts' output for one token and the shared expert's, together, (D,)."""
-    shared, gate = block.shared_expert, block.shared_expert_gate
-    hidden = shared.act_fn(shared.gate_proj.weight @ token) * (shared.up_proj.weight @ token)
-    output = shared.down_proj.weight @ hidden
+    gate, output = block.shared_expert_gate, reference_mlp(block.shared_expert, token)
     if gate is None:
         return routed + output
     if len(gate.weight) == 1:

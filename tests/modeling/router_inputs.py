@@ -5,8 +5,10 @@ from typing import Any
 import torch
 
 from moe_hf import MoEConfig
-from moe_hf.modeling.moe_block import MoEBlock, Router, RoutingPass
+from moe_hf.modeling.moe_block import MoEBlock
+from moe_hf.modeling.router import Router
 from moe_hf.modeling.routing_ids import id_counts, open_experts
+from moe_hf.modeling.routing_pass import RoutingPass
 
 
 def given_ids(config: MoEConfig, input_ids: torch.Tensor, positions: torch.Tensor | None = None) -> dict[str, Any]:

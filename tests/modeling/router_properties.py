@@ -1,10 +1,8 @@
 """Every router with every option, one row each: how it is configured, what it declares, and its naive reference.
 
-A router joins `test_router_properties.py` by one row of `CASES`. A reference goes through tokens and experts one by one:
-`reference(scores, groups, config) -> [[(expert, weight), ...] per token]` from the scores (T, E) in float64.
+A router joins `test_router_properties.py` by one row of `CASES`.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +10,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from examples import convolution_expert  # noqa: F401 - importing it registers the expert
+from examples import convolution_expert, load_aware_router  # noqa: F401 - importing registers them
 from moe_hf import MoEConfig, MoEForCausalLM
 from moe_hf.modeling.experts import Experts
-from moe_hf.modeling.moe_block import Router
+from moe_hf.modeling.router import Router
+from tests.modeling.router_references import (
+    BIAS,
+    Choices,
+    choice_major,
+    dense,
+    expert_choice,
+    expert_threshold,
+    load_aware,
+    open_gates,
+    prioritized,
+    segments,
+    threshold,
+    top_k,
+    top_p,
+)
 from tests.tiny_models import randomise_, tiny_config
 
 
 NUM_EXPERTS = 8
-# The correction bias that every router has which can have one.
-BIAS = torch.tensor([0.3, -0.2, 0.1, 0.0, -0.3, 0.2, -0.1, 0.05])
-Choices = list[list[tuple[int, torch.Tensor]]]
 
 
 def one(total: torch.Tensor, config: MoEConfig) -> bool:
@@ -59,7 +69,8 @@ class RouterCase:
         learns_from_reward: whether the router has a gradient from the rewards of predictions alone.
         refuses_cache: whether decoding with a cache is refused.
         weights_sum: what the weights of a token sum to, in training.
-        compiles: whether the model compiles as one graph.
+        compiles: whether the model compiles as one graph; otherwise it goes in rounds, or in parts, whose number depends on
+            the tokens.
         merges: whether experts' weights are mixed, and not their outputs.
         upcycles_exactly: whether copies of a dense MLP give the dense model, in evaluation.
     """
@@ -73,14 +84,16 @@ class RouterCase:
     learns_from_reward: bool = False
     refuses_cache: bool = False
     weights_sum: Callable[[torch.Tensor, MoEConfig], bool] = one
-    compiles: bool = False
+    compiles: bool = True
     merges: bool = False
     upcycles_exactly: bool = True
 
     def config(self, layers: int = 3) -> MoEConfig:
         """The configuration of a tiny llama with this router."""
-        dense = tiny_config("llama", num_hidden_layers=layers)
-        return MoEConfig(text_config=dense, **{"num_experts": NUM_EXPERTS, **self.fields})
+        fields = {"num_experts": NUM_EXPERTS, **self.fields}
+        if "num_experts_per_layer" in fields:
+            fields["num_experts_per_layer"] = fields["num_experts_per_layer"][-layers:]
+        return MoEConfig(text_config=tiny_config("llama", num_hidden_layers=layers), **fields)
 
     def model(self, layers: int = 3) -> MoEForCausalLM:
         """A tiny model with random weights, router parameters included."""
@@ -104,151 +117,6 @@ def set_bias(model: nn.Module) -> nn.Module:
     return model
 
 
-def _open_experts(scores: list[float], config: MoEConfig) -> list[int]:
-    """The experts of the best groups; without groups all that the token's ids do not close, which scores exactly 0."""
-    if config.n_group is None:
-        return [e for e, score in enumerate(scores) if score > 0 or not config.expert_groups]
-    size = len(scores) // config.n_group
-    groups = [list(range(g * size, (g + 1) * size)) for g in range(config.n_group)]
-
-    def quality(group: list[int]) -> float:
-        best = sorted((scores[e] for e in group), reverse=True)
-        return sum(best[:2]) if config.scoring_func == "sigmoid" else best[0]
-
-    return [e for group in sorted(groups, key=quality, reverse=True)[: config.topk_group] for e in group]
-
-
-def _capacity(group: list[int], config: MoEConfig) -> int:
-    fair = config.capacity_factor * len(group) * config.num_experts_per_tok / config.num_experts
-    return max(math.ceil(fair - 1e-9), config.min_expert_capacity)
-
-
-def _weigh(
-    chosen: list[int], counted: list[int], scores: torch.Tensor, config: MoEConfig
-) -> list[tuple[int, torch.Tensor]]:
-    """Weights of the `chosen` experts of one token; with normalisation their sum is over the `counted` ones."""
-    total = sum(scores[e] for e in counted) if config.norm_topk_prob else 1.0
-    return [(e, scores[e] / total * config.routed_scaling_factor) for e in chosen]
-
-
-def top_k(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
-    """Top-k with a correction bias, groups of experts and capacity, token by token."""
-    result: Choices = [[] for _ in scores]
-    after = config.router_kwargs.get("renormalise") == "after" or config.overflow_policy == "reroute"
-    for group in groups:
-        slots = [len(scores)] * scores.shape[-1]
-        if config.capacity_factor is not None:
-            slots = [_capacity(group, config)] * config.num_experts
-        for token in group:
-            values = scores[token].tolist()
-            if config.balance_strategy == "bias":
-                values = [score + bias for score, bias in zip(values, BIAS.tolist(), strict=True)]
-            ranked = sorted(_open_experts(values, config), key=values.__getitem__, reverse=True)
-            wanted = ranked[: config.num_experts_per_tok]
-            if config.overflow_policy == "reroute":
-                wanted = [e for e in ranked if slots[e] > 0][: config.num_experts_per_tok]
-            kept = [e for e in wanted if slots[e] > 0]
-            for expert in kept:
-                slots[expert] -= 1
-            result[token] = _weigh(kept, kept if after else wanted, scores[token], config)
-    return result
-
-
-def choice_major(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
-    """Top-k where all first choices of a group are served before all second ones."""
-    order = scores.argsort(-1, descending=True).tolist()
-    kept: list[list[int]] = [[] for _ in order]
-    for group in groups:
-        slots = [_capacity(group, config)] * config.num_experts
-        for rank in range(config.num_experts_per_tok):
-            for token in group:
-                expert = order[token][rank]
-                if slots[expert] > 0:
-                    slots[expert] -= 1
-                    kept[token].append(expert)
-    wanted = [row[: config.num_experts_per_tok] for row in order]
-    return [_weigh(kept[t], wanted[t], scores[t], config) for t in range(len(order))]
-
-
-def threshold(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
-    """The best expert always, the others of the top K where their share of the K is above a threshold."""
-    result: Choices = []
-    bar, after = config.router_kwargs["threshold"], config.router_kwargs.get("renormalise") == "after"
-    for row, values in zip(scores, scores.tolist(), strict=True):
-        wanted = sorted(range(len(values)), key=values.__getitem__, reverse=True)[: config.num_experts_per_tok]
-        total = 1.0 if after else sum(values[e] for e in wanted)
-        kept = [e for rank, e in enumerate(wanted) if rank == 0 or values[e] / total > bar]
-        result.append(_weigh(kept, kept if after else wanted, row, config))
-    return result
-
-
-def top_p(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
-    """Experts from the best on, until their probabilities reach p."""
-    arguments = {"top_p": 0.4, "min_experts": 1, "max_experts": config.num_experts} | config.router_kwargs
-    result: Choices = []
-    for row, values in zip(scores, scores.tolist(), strict=True):
-        chosen, mass = [], 0.0
-        for expert in sorted(range(len(values)), key=values.__getitem__, reverse=True)[: arguments["max_experts"]]:
-            if mass >= arguments["top_p"] and len(chosen) >= arguments["min_experts"]:
-                break
-            chosen.append(expert)
-            mass += values[expert]
-        result.append(_weigh(chosen, chosen, row, config))
-    return result
-
-
-def segments(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
-    """Every expert, by the mean logits of the previous segment; the logarithms of softmax scores do for logits."""
-    experts, length = range(config.num_experts), config.router_kwargs["segment_length"]
-    result: Choices = [[] for _ in scores]
-    for group in groups:
-        mixture = torch.full_like(scores[0], 1 / config.num_experts)
-        for first in range(0, len(group), length):
-            segment = group[first : first + length]
-            for token in segment:
-                result[token] = [(e, mixture[e]) for e in experts]
-            # Softmax takes no notice of the constant that a logarithm of scores differs from a logit by.
-            mixture = torch.stack([scores[token].log() for token in segment]).mean(0).softmax(0)
-    return result
-
-
-def prioritized(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
-    """First choices before second ones, and among them those of tokens with a higher best score first."""
-    best = scores.max(-1).values.tolist()
-    return choice_major(scores, [sorted(group, key=best.__getitem__, reverse=True) for group in groups], config)
-
-
-def expert_choice(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
-    """Every expert takes its best tokens of each group."""
-    result: Choices = [[] for _ in scores]
-    for group in groups:
-        capacity = math.ceil(config.num_experts_per_tok * len(group) / config.num_experts)
-        for expert in range(config.num_experts):
-            column = scores[:, expert].tolist()
-            for token in sorted(group, key=column.__getitem__, reverse=True)[:capacity]:
-                result[token].append((expert, scores[token, expert]))
-    return result
-
-
-def expert_threshold(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
-    """Every expert takes the tokens that score at least its threshold."""
-    bars = (BIAS + 1 / config.num_experts).tolist()
-    return [[(e, row[e]) for e, bar in enumerate(bars) if row[e] >= bar] for row in scores]
-
-
-def dense(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
-    """Every expert; with a margin, those that did not have more than the mean by it."""
-    over = BIAS - BIAS.mean()
-    margin = config.router_kwargs.get("margin", math.inf)
-    chosen = [e for e in range(config.num_experts) if over[e] <= margin]
-    return [_weigh(chosen, chosen, row, config) for row in scores]
-
-
-def open_gates(scores: torch.Tensor, groups: list[list[int]], config: MoEConfig) -> Choices:
-    """Every expert whose gate is more likely open than closed, unweighted."""
-    return [[(e, torch.ones(())) for e in range(config.num_experts) if row[e] > 0.5] for row in scores]
-
-
 TIGHT = {"capacity_factor": 0.6, "min_expert_capacity": 1}
 GROUPS = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
 LANGUAGES = {"language": [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]]}
@@ -259,21 +127,21 @@ GATES = {"router_type": "bernoulli", "scoring_func": "sigmoid"}
 EVERY = {"num_experts_per_tok": NUM_EXPERTS, "router_aux_loss_coef": 0.0}
 
 CASES: dict[str, RouterCase] = {
-    "top_k": RouterCase({}, top_k, compiles=True),
+    "top_k": RouterCase({}, top_k),
     "switch": RouterCase({"num_experts_per_tok": 1}, top_k, weights_sum=at_most_one, upcycles_exactly=False),
     "unnormalised": RouterCase(
         {"norm_topk_prob": False, "num_experts_per_tok": 3}, top_k, weights_sum=at_most_one, upcycles_exactly=False
     ),
     "sigmoid": RouterCase({"scoring_func": "sigmoid", "routed_scaling_factor": 2.5}, top_k),
-    "groups_sigmoid": RouterCase({"scoring_func": "sigmoid", **GROUPS}, top_k, compiles=True),
+    "groups_sigmoid": RouterCase({"scoring_func": "sigmoid", **GROUPS}, top_k),
     "groups_softmax": RouterCase(GROUPS, top_k),
     "bias": RouterCase({"balance_strategy": "bias"}, top_k),
     "mlp": RouterCase({"router_arch": "mlp"}, top_k),
     "cosine": RouterCase(
         {"router_arch": "cosine", "router_arch_kwargs": {"hidden_size": 5, "temperature": 0.1}}, top_k
     ),
-    "attention": RouterCase({"router_arch": "attention"}, top_k, compiles=True),
-    "multi_head": RouterCase({"num_moe_heads": 3}, top_k, compiles=True, upcycles_exactly=False),
+    "attention": RouterCase({"router_arch": "attention"}, top_k),
+    "multi_head": RouterCase({"num_moe_heads": 3}, top_k, upcycles_exactly=False),
     "multi_head_capacity": RouterCase(
         {"num_moe_heads": 2, "router_arch": "cosine", "capacity_factor": 0.6, "min_expert_capacity": 1},
         top_k,
@@ -284,29 +152,30 @@ CASES: dict[str, RouterCase] = {
     "deepseek_v3": RouterCase(
         {"scoring_func": "sigmoid", "balance_strategy": "bias", "routed_scaling_factor": 2.5, **GROUPS}, top_k
     ),
-    "task": RouterCase({"routing_level": "task", "num_tasks": 3}, top_k, compiles=True),
+    "task": RouterCase({"routing_level": "task", "num_tasks": 3}, top_k),
     "task_top_p": RouterCase(
         {"routing_level": "task", "num_tasks": 3, "router_type": "top_p"},
         top_p,
         weights_sum=at_most_one,
         upcycles_exactly=False,
     ),
-    "router_per_task": RouterCase({"num_tasks": 3, "router_per_task": True}, top_k, compiles=True),
-    "expert_groups": RouterCase({"expert_groups": LANGUAGES | MODALITIES}, top_k, compiles=True),
+    "router_per_task": RouterCase({"num_tasks": 3, "router_per_task": True}, top_k),
+    "expert_groups": RouterCase({"expert_groups": LANGUAGES | MODALITIES}, top_k),
     "expert_groups_sigmoid_capacity": RouterCase(
         TIGHT | {"expert_groups": LANGUAGES, "scoring_func": "sigmoid", "overflow_policy": "reroute"},
         top_k,
         counts_tokens=True,
         weights_sum=one_or_none,
+        compiles=False,
     ),
     "expert_group_prior": RouterCase({"expert_groups": LANGUAGES, "expert_group_prior": 0.7}, top_k),
-    "prefix": RouterCase({"routing_level": "prefix"}, top_k, refuses_cache=True, compiles=True),
+    "prefix": RouterCase({"routing_level": "prefix"}, top_k),
     "jitter": RouterCase({"router_jitter_noise": 0.3}, top_k, draws=True),
     "gaussian": RouterCase({"router_noise": "gaussian", "router_noise_scale": 8.0}, top_k, draws=True),
     "uniform": RouterCase({"router_noise": "uniform"}, top_k, draws=True),
     "gumbel": RouterCase({"router_noise": "gumbel"}, top_k, draws=True),
     "shazeer": RouterCase({"router_noise": "learned", "router_noise_affects": "both"}, top_k, draws=True),
-    "drop": RouterCase(TIGHT, top_k, counts_tokens=True, weights_sum=at_most_one, compiles=True),
+    "drop": RouterCase(TIGHT, top_k, counts_tokens=True, weights_sum=at_most_one),
     "drop_after": RouterCase(
         TIGHT | {"router_kwargs": {"renormalise": "after"}}, top_k, counts_tokens=True, weights_sum=one_or_none
     ),
@@ -315,12 +184,18 @@ CASES: dict[str, RouterCase] = {
         {"capacity_factor": 0.01, "min_expert_capacity": 3}, top_k, weights_sum=at_most_one
     ),
     "drop_groups": RouterCase(TIGHT | GROUPS, top_k, counts_tokens=True, weights_sum=at_most_one),
-    "reroute": RouterCase(TIGHT | {"overflow_policy": "reroute", "capacity_factor": 1.1}, top_k, counts_tokens=True),
+    "reroute": RouterCase(
+        TIGHT | {"overflow_policy": "reroute", "capacity_factor": 1.1}, top_k, counts_tokens=True, compiles=False
+    ),
     "reroute_scarce": RouterCase(
-        TIGHT | {"overflow_policy": "reroute"}, top_k, counts_tokens=True, weights_sum=one_or_none
+        TIGHT | {"overflow_policy": "reroute"}, top_k, counts_tokens=True, weights_sum=one_or_none, compiles=False
     ),
     "reroute_groups": RouterCase(
-        TIGHT | GROUPS | {"overflow_policy": "reroute"}, top_k, counts_tokens=True, weights_sum=one_or_none
+        TIGHT | GROUPS | {"overflow_policy": "reroute"},
+        top_k,
+        counts_tokens=True,
+        weights_sum=one_or_none,
+        compiles=False,
     ),
     "choice_major": RouterCase(
         TIGHT | {"capacity_order": "choice_major", "allow_noncausal_routing": True},
@@ -348,7 +223,6 @@ CASES: dict[str, RouterCase] = {
         {**STOCHASTIC, "num_experts_per_tok": 3, "router_kwargs": {"policy": "threshold", "threshold": 0.3}},
         threshold,
         weights_sum=at_most_one,
-        compiles=True,
         upcycles_exactly=False,
     ),
     "threshold_after": RouterCase(
@@ -370,8 +244,8 @@ CASES: dict[str, RouterCase] = {
             "router_kwargs": {"segment_length": 3},
         },
         segments,
-        refuses_cache=True,
         merges=True,
+        compiles=False,
     ),
     "top_p": RouterCase({"router_type": "top_p"}, top_p, weights_sum=at_most_one, upcycles_exactly=False),
     "top_p_limits": RouterCase(
@@ -406,7 +280,9 @@ CASES: dict[str, RouterCase] = {
     "expert_threshold": RouterCase(
         {"router_type": "expert_threshold"}, expert_threshold, weights_sum=at_most_one, upcycles_exactly=False
     ),
-    "dense": RouterCase({"router_type": "dense", **EVERY}, dense, compiles=True),
+    "load_aware": RouterCase({"router_type": "load_aware", "router_kwargs": {"strength": 0.5}}, load_aware),
+    "dense": RouterCase({"router_type": "dense", **EVERY}, dense),
+    "likelihood": RouterCase({"router_type": "dense", "output_mixture": "likelihood", **EVERY}, dense),
     "dense_margin": RouterCase({"router_type": "dense_margin", **EVERY, "router_kwargs": {"margin": 0.15}}, dense),
     "bernoulli": RouterCase(GATES, open_gates, draws=True, weights_sum=whole, upcycles_exactly=False),
     "bernoulli_reinforce": RouterCase(
@@ -433,18 +309,23 @@ CASES: dict[str, RouterCase] = {
     ),
     "pyramid": RouterCase({"num_experts_per_layer": [4, 6, 8]}, top_k),
     "widths": RouterCase(
-        {"expert_intermediate_sizes": [88, 40, 64, 24, 88, 16, 8, 48]}, top_k, compiles=True, upcycles_exactly=False
+        {"expert_intermediate_sizes": [88, 40, 64, 24, 88, 16, 8, 48]}, top_k, upcycles_exactly=False
     ),
-    "shared_sigmoid": RouterCase(
-        {"shared_expert_intermediate_size": 88, "shared_expert_gate": True}, top_k, compiles=True
-    ),
-    "residual_softmax": RouterCase(
-        {"shared_expert_intermediate_size": 88, "shared_expert_gate": "softmax"}, top_k, compiles=True
+    "shared_sigmoid": RouterCase({"shared_expert_intermediate_size": 88, "shared_expert_gate": True}, top_k),
+    "residual_softmax": RouterCase({"shared_expert_intermediate_size": 88, "shared_expert_gate": "softmax"}, top_k),
+    "dense_before": RouterCase({"moe_dense_ffn": "before"}, top_k),
+    "dense_after_pyramid_residual": RouterCase(
+        {
+            "moe_dense_ffn": "after",
+            "num_experts_per_layer": [4, 6, 8],
+            "shared_expert_intermediate_size": 88,
+            "shared_expert_gate": "softmax",
+        },
+        top_k,
     ),
     "extra_experts": RouterCase(
         {"extra_experts": ["constant", "zero", "copy", "constant"], "num_experts_per_tok": 3},
         top_k,
-        compiles=True,
         upcycles_exactly=False,
     ),
     "extra_experts_top_p": RouterCase(
@@ -457,7 +338,32 @@ CASES: dict[str, RouterCase] = {
         {"extra_experts": ["copy", "causal_convolution"], "num_experts": 4, "num_experts_per_tok": 3},
         top_k,
         refuses_cache=True,
-        compiles=True,
         upcycles_exactly=False,
     ),
 }
+
+# Of the cases that compile, those that are compiled in every run of the tests: one for each kind of router and option.
+COMPILED_ALWAYS = frozenset(
+    [
+        "top_k",
+        "groups_sigmoid",
+        "attention",
+        "multi_head",
+        "task",
+        "router_per_task",
+        "expert_groups",
+        "prefix",
+        "drop",
+        "threshold",
+        "load_aware",
+        "dense",
+        "likelihood",
+        "widths",
+        "shared_sigmoid",
+        "residual_softmax",
+        "dense_before",
+        "dense_after_pyramid_residual",
+        "extra_experts",
+        "convolution",
+    ]
+)

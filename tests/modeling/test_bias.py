@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from moe_hf import MoEConfig, MoEError, MoEForCausalLM, upcycle
-from moe_hf.modeling.moe_block import Router
+from moe_hf.modeling.router import Router
 from moe_hf.trainer.expert_balance import bias_update
 from tests.modeling.decided import config_of
 from tests.modeling.routed import context_of, route

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_hf import MoEConfig, MoEError, MoEForCausalLM, MoETrainer
-from moe_hf.modeling.moe_block import Router
+from moe_hf.modeling.router import Router
 from moe_hf.modeling.routing import Routing
 from moe_hf.trainer import update_router_state
 from tests.modeling.routed import context_of, kept, route

@@ -5,7 +5,9 @@ import torch
 
 from moe_hf import MoEConfig, MoEError, MoEForCausalLM, upcycle
 from moe_hf.modeling.losses import loss_coefficients
-from moe_hf.modeling.moe_block import Router, RoutingPass
+from moe_hf.modeling.outputs import losses_by_name
+from moe_hf.modeling.router import Router
+from moe_hf.modeling.routing_pass import RoutingPass
 from tests.modeling.decided import decided
 from tests.tiny_models import random_ids, tiny_config, tiny_dense
 
@@ -23,7 +25,7 @@ def test_layers_are_scored_one_by_one():
         logits = torch.full((6, 4), -100.0)
         logits[:, first : first + 2] = 100.0
         layers.append(decided(logits))
-    losses = make_model()._router_losses(RoutingPass(record=True, layers=layers), report=False)
+    losses = losses_by_name(RoutingPass(record=True, layers=layers), make_model().config, training=True, report=False)
     assert float(losses["load_balancing_loss"]) == pytest.approx(2, rel=1e-6)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moe_hf import MoEConfig, MoEError, MoEForCausalLM
-from moe_hf.modeling.moe_block import RoutingPass, routing_pass
 from moe_hf.modeling.multi_head import parity_experts, parity_width
+from moe_hf.modeling.routing_pass import RoutingPass, routing_pass
 from moe_hf.reporting.routing_statistics import routing_statistics
 from tests.modeling.reference import make_block
 from tests.tiny_models import random_ids, tiny_config

@@ -51,6 +51,11 @@ def test_every_preset_is_listed_with_its_source_and_what_differs_in_a_decoder():
     listed = MoEConfig.presets()
     assert listed.keys() == PRESETS.keys() == NUMBERS.keys()
     assert all(". In a decoder: " in text and len(text) > 60 for text in listed.values())
+    for name, preset in PRESETS.items():
+        assert set(preset.not_read) <= set(preset.fields)
+        assert (f"Not read in the source itself: {', '.join(preset.not_read)}." in listed[name]) == bool(
+            preset.not_read
+        )
 
 
 @pytest.mark.parametrize("name", PRESETS)

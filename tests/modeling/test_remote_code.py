@@ -1,32 +1,19 @@
 """A saved model carries its code: it runs, saves again and reloads where moe_hf cannot be imported."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from moe_hf import upcycle
+from tests.modeling.isolated import run_without_moe_hf
 from tests.tiny_models import random_ids, tiny_dense
 
 
 ISOLATED = """
-import importlib.util, json, sys
-import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "moe_hf":
-            raise ModuleNotFoundError("moe_hf is blocked")
-
-sys.meta_path.insert(0, Blocked())
-folder, again = sys.argv[1:3]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-ids = torch.load(folder + "/ids.pt")
 generated = model.generate(ids[:1, :4], max_new_tokens=6, do_sample=False)
 model.save_pretrained(again)
 second = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True).eval()
@@ -44,7 +31,12 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize(
-    ("family", "fields"), [("llama", {"balance_strategy": "bias", "router_arch": "cosine"}), ("opt", {})]
+    ("family", "fields"),
+    [
+        ("llama", {"balance_strategy": "bias", "router_arch": "cosine"}),
+        ("opt", {"routing_level": "prefix", "moe_dense_ffn": "after"}),
+        ("qwen3", {"router_type": "dense", "num_experts_per_tok": 4, "output_mixture": "likelihood"}),
+    ],
 )
 def test_code_travels_with_the_model(family, fields, tmp_path):
     model = upcycle(tiny_dense(family), num_experts=4, noise=0.3, **fields)
@@ -61,17 +53,7 @@ def test_code_travels_with_the_model(family, fields, tmp_path):
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
     }
-    torch.save(ids, tmp_path / "saved" / "ids.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", ISOLATED, str(tmp_path / "saved"), str(tmp_path / "again")],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = torch.load(tmp_path / "again" / "result.pt")
+    result = torch.load(run_without_moe_hf(ISOLATED, tmp_path, ids) / "result.pt")
     assert not result["local"]
     assert result["classes"] == ["MoEForCausalLM", "MoEModel", "MoEForSequenceClassification", "MoEConfig"]
     assert result["implementation"] == "grouped_mm"

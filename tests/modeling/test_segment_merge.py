@@ -5,7 +5,8 @@ import torch
 
 from moe_hf import MoEConfig, MoEError, MoEForCausalLM
 from moe_hf.modeling.experts import Experts
-from moe_hf.modeling.moe_block import MoEBlock, RoutingPass, routing_pass
+from moe_hf.modeling.moe_block import MoEBlock
+from moe_hf.modeling.routing_pass import RoutingPass, routing_pass
 from tests.modeling.reference import make_block
 from tests.tiny_models import random_ids, randomise_, tiny_config
 

@@ -104,6 +104,15 @@ BIASED = {"balance_strategy": "bias", "bias_update_rate": 0.02, "scoring_func": 
 GLOBAL_BATCH = {"balance_loss_scope": "global_batch", "router_aux_loss_coef": 1.0}
 
 
+# A margin that closes experts within four steps.
+WITH_STATE = {"router_type": "dense_margin", "num_experts_per_tok": 4, "router_kwargs": {"margin": 0.02}}
+
+
+def router_states(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what routers have added up over a run, among the tensors of a model."""
+    return {name: tensor for name, tensor in weights.items() if name.endswith("gate_total")}
+
+
 def correction_biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the correction biases among the tensors of a model."""
     return {name: tensor for name, tensor in weights.items() if name.endswith("e_score_correction_bias")}
@@ -144,6 +153,8 @@ def main(folder: Path) -> None:
     results["biased_accumulated"] = four_steps(
         "ours", folder / "biased_2", per_device_batch=2, accumulation=2, **BIASED
     )
+    results["router_state"] = four_steps("ours", folder / "state", per_device_batch=4, **WITH_STATE)
+    results["router_states"] = of_all_processes(router_states(results["router_state"]["weights"]))
     results["biases"] = of_all_processes(correction_biases(results["biased"]["weights"]))
     results["four_steps_accumulated"] = four_steps("ours", folder / "four_2", per_device_batch=2, accumulation=2)
     whole = resumed("ours", folder / "whole")

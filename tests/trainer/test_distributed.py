@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.trainer.runs import BIASED, GLOBAL_BATCH, KINDS, correction_biases, four_steps
+from tests.trainer.runs import BIASED, GLOBAL_BATCH, KINDS, WITH_STATE, correction_biases, four_steps, router_states
 
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +77,19 @@ def test_correction_biases_are_equal_in_all_processes(results):
     first, second = results["biases"]
     assert len(first) == 3
     assert all(torch.equal(second[name], bias) for name, bias in first.items())
+
+
+def test_the_state_of_routers_follows_the_batches_of_all_processes(results, tmp_path):
+    two, one = results["router_state"], four_steps("ours", tmp_path, per_device_batch=8, **WITH_STATE)
+    assert (two["num_processes"], one["num_processes"]) == (2, 1)
+    states = router_states(one["weights"])
+    # Four steps that add the mean weights, which sum to 1; the margin was passed, so some experts were left out.
+    assert len(states) == 3 and all(state.sum() == pytest.approx(4, abs=1e-4) for state in states.values())
+    assert all((state - state.mean()).max() > 0.02 for state in states.values())
+    assert relative(router_states(two["weights"]), states) <= 1e-6
+    assert relative(two["weights"], one["weights"]) <= 2e-6
+    first, second = results["router_states"]
+    assert all(torch.equal(second[name], state) for name, state in first.items())
 
 
 def test_global_batch_loss_of_two_processes_is_that_of_one(results, tmp_path):

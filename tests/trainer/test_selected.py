@@ -83,7 +83,7 @@ def test_selection_is_read_from_a_file_and_misfits_are_refused(tmp_path):
     trainer, _ = train("ours", tmp_path / "run", expert_selection=str(tmp_path / "selection.json"), max_steps=3)
     assert trainer.scope_report.scope == "selected" and len(trainer.scope_report.names) == 4
     for fields, message in (
-        ({"scope": "moe"}, "for scope='selected'"),
+        ({"scope": "moe"}, "for the scopes selected"),
         ({"expert_selection": None}, "needs expert_selection"),
         ({"expert_selection": {"0": [2]}}, "other experts"),
         ({"scope": "experts", "expert_selection": None}, "the scope selected"),

@@ -56,6 +56,9 @@ FIELDS = {
     "narrow shared expert, noise": {"shared_expert_intermediate_size": 40, "noise": 0.1},
     "first layer dense": {"first_k_dense_replace": 1, "noise": 0.05},
     "wider experts": {"moe_intermediate_size": 104, "noise": 0.05},
+    "dense layer before": {"moe_dense_ffn": "before", "noise": 0.05},
+    "dense layer after, fewer experts below": {"moe_dense_ffn": "after", "num_experts_per_layer": [2, 4, 4]},
+    "predictions mixed": {"router_type": "dense", "num_experts_per_tok": 4, "output_mixture": "likelihood"},
     "one expert": {"num_experts": 1, "num_experts_per_tok": 1},
 }
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from moe_hf import MoEError, upcycle
+from moe_hf import MoEConfig, MoEError, MoEForCausalLM, upcycle
+from moe_hf.reporting.routing_statistics import routing_statistics
 from moe_hf.upcycling.probe import RoutingProbe, RoutingRecorder, probe_routing
 from tests.tiny_models import random_ids, tiny_dense, tiny_native_moe
 
@@ -120,3 +121,34 @@ def test_what_has_no_routing_is_refused():
 def test_warnings_are_logged(caplog):
     probe_of([64, 64, 128, 0], 128, top=0.95).warn()
     assert "saturated" in caplog.text and "got none" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows"),
+    [
+        ({"router_type": "segment_merge", "num_experts_per_tok": 4, "router_kwargs": {"segment_length": 3}}, 1),
+        ({"num_moe_heads": 4, "moe_intermediate_size": 16}, 4),
+        ({"router_type": "top_p"}, 1),
+    ],
+    ids=["merged segments", "sub-tokens", "flat rows"],
+)
+def test_padding_is_left_out_whatever_the_router_returns(fields, rows):
+    torch.manual_seed(0)
+    config = MoEConfig(text_config=tiny_dense("llama").config, num_experts=4, **fields)
+    moe = MoEForCausalLM(config).eval()
+    ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[1, 7:] = 0
+    probe = probe_routing(moe, ids, mask)
+    layers = routing_statistics(moe, [{"input_ids": ids, "attention_mask": mask}]).layers
+    assert probe.num_tokens == rows * 19
+    assert torch.equal(torch.stack(probe.tokens_per_expert), torch.stack([layer.choices for layer in layers]))
+    with torch.no_grad():
+        logits = moe(ids, attention_mask=mask, output_router_logits=True).router_logits
+    real = mask.flatten().bool().repeat_interleave(rows)
+    for layer, raw in enumerate(logits):
+        scores = raw[real].softmax(-1)
+        assert probe.top_1_probability[layer] == pytest.approx(float(scores.max(-1).values.mean()), rel=1e-5)
+    if fields.get("router_type") != "top_p":
+        # K choices of each row: all of its experts, or two of them.
+        per_row = 4 if "router_type" in fields else 2
+        assert [int(row.sum()) for row in counts] == [rows * 19 * per_row] * len(probe.layers)

@@ -6,6 +6,7 @@ import torch
 from moe_hf import MoEConfig
 from moe_hf.modeling.dense_mlp import find_mlp_sites, holder_of
 from moe_hf.upcycling import recipes
+from moe_hf.upcycling.gaussians import GaussianStream
 from moe_hf.upcycling.recipes import (
     DensePiece,
     ExpertRecipe,
@@ -13,7 +14,6 @@ from moe_hf.upcycling.recipes import (
     block_tensors,
     dense_pieces,
     moments,
-    random_generator,
     slot_rows,
 )
 from tests.tiny_models import tiny_dense
@@ -87,7 +87,7 @@ def test_redrawn_values_have_the_moments_of_those_they_replace_and_a_stream_of_t
     positions = torch.arange(0, 32)
     rows = made("up", tensor, ExpertRecipe(redrawn={"up": positions}, key=KEY), 64)
     replaced = tensor[:32].double()
-    noise = torch.randn(32, 50, generator=random_generator(*KEY, "up")).double()
+    noise = GaussianStream(*KEY, "up").draw((32, 50)).double()
     expected = replaced.mean() + replaced.std(correction=0) * noise
     torch.testing.assert_close(rows[:32].double(), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(rows[32:], tensor[32:])

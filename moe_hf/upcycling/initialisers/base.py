@@ -3,6 +3,7 @@
 Letters: T tokens, D model width, F expert width, E experts, K experts per token.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ class DenseLayer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Initialiser(Choice):
+class Initialiser(Choice, ABC):
     """Base of the initialisers: a frozen dataclass whose fields are its options."""
 
     @property
@@ -111,12 +112,12 @@ class Initialiser(Choice):
             MoEError: with the field to change.
         """
 
+    @abstractmethod
     def experts(self, layer: DenseLayer, config: MoEConfig) -> list[ExpertRecipe]:
         """The E experts of one layer, followed by a shared expert if the initialiser makes it.
 
         Scales, noise and the stream of random numbers are added by `UpcyclingMethod.recipes`.
         """
-        raise NotImplementedError
 
 
 def check_ratio(name: str, ratio: float) -> None:

@@ -12,8 +12,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from moe_hf.checksums import has_checksum
 from moe_hf.errors import MoEError
-from moe_hf.saving import file_sha256, publish_folder, refuse_existing
+from moe_hf.saving import publish_folder, refuse_existing
 
 
 LOCK_NAME, STATE_NAME, FOLDER_NAME = "lock", "state.json", "folder"
@@ -32,7 +33,7 @@ class PartialFolder:
 
     Attributes:
         folder (`Path`): where the files are written.
-        finished (`dict[str, str]`): names of finished files in it to their sha256.
+        finished (`dict[str, dict]`): names of finished files in it to their checksums.
 
     Raises:
         `MoEError`: on entering, when the destination exists, another process writes it, its parent cannot be written, or
@@ -45,7 +46,7 @@ class PartialFolder:
         self.folder = self.path / FOLDER_NAME
         # As it will be read back, so that tuples equal lists.
         self.facts = json.loads(json.dumps(facts, sort_keys=True))
-        self.finished: dict[str, str] = {}
+        self.finished: dict[str, dict[str, str]] = {}
         self._restart = restart
         self._lock: int | None = None
 
@@ -72,9 +73,9 @@ class PartialFolder:
                 f"{reason} What is finished stays in {self.path}: the same call continues there."
             ) from error
 
-    def finish(self, name: str, sha256: str) -> None:
+    def finish(self, name: str, checksum: dict[str, str]) -> None:
         """Record that a file of `folder` is whole and on the disk."""
-        self.finished[name] = sha256
+        self.finished[name] = checksum
         self._write_state()
 
     def publish(self) -> None:
@@ -128,7 +129,7 @@ class PartialFolder:
         for entry in list(self.folder.iterdir()):
             if entry.is_dir():
                 shutil.rmtree(entry)
-            elif entry.name not in finished or file_sha256(entry) != finished[entry.name]:
+            elif entry.name not in finished or not has_checksum(entry, finished[entry.name]):
                 entry.unlink()
             else:
                 self.finished[entry.name] = finished[entry.name]

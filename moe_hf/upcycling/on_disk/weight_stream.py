@@ -5,8 +5,9 @@ common with the source byte by byte is copied within the kernel.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import groupby
 
 import torch
@@ -21,7 +22,8 @@ from moe_hf.upcycling.initialisers.mix import average
 from moe_hf.upcycling.method import LayerStates, UpcyclingMethod
 from moe_hf.upcycling.on_disk.dense_checkpoint import IN_MEMORY, DenseCheckpoint, NotStreamableError, row_ranges
 from moe_hf.upcycling.recipes import BlockTensor, DensePiece, Slot, block_tensors, slot_rows
-from moe_hf.weight_files import FileWriter, TensorSpec
+from moe_hf.weight_files import TensorSpec
+from moe_hf.weight_writer import FileWriter
 
 
 # Each works on a few blocks of `recipes.BLOCK_BYTES`, which bounds the memory.
@@ -72,17 +74,16 @@ class WeightStream:
         self.tensors = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in saved.items()}
         self._described: tuple[str, tuple] | None = None
 
-    def write(self, file: FileWriter, on_whole: Callable[[str], None]) -> None:
-        """Fill one file; `on_whole` is called with each tensor's name when all of it is written, in the file's order."""
-        with ThreadPoolExecutor(_WORKERS) as pool:
+    def write(self, file: FileWriter) -> None:
+        """Fill one file."""
+        with _one_thread_each(), ThreadPoolExecutor(_WORKERS) as pool:
             for block, group in groupby(file.layout.tensors, self._block_of):
-                names = list(group)
                 if block is not None:
-                    self._write_block(file, block, names, pool)
-                for name in names:
-                    if block is None:
-                        self._write_other(file, name)
-                    on_whole(name)
+                    self._write_block(file, block, list(group), pool)
+                    continue
+                for name in group:
+                    self._write_other(file, name)
+            file.finish_copies()
 
     def _block_of(self, name: str) -> str | None:
         return next((block for block in self._sites if self._in_memory[name].startswith(block)), None)
@@ -92,7 +93,7 @@ class WeightStream:
         spec, own, dense = self.tensors[name], self._in_memory[name], self._averaged
         as_stored = dense[0].reader.tensors[dense[0].stored_name(own)].dtype == dense[0].dtype(own) == spec.dtype
         if as_stored and len(dense) == 1:
-            file.copy(name, 0, spec.nbytes, *dense[0].reader.place(dense[0].stored_name(own)))
+            file.copy([(name, 0)], spec.nbytes, *dense[0].reader.place(dense[0].stored_name(own)))
             return
         for start, stop in row_ranges(spec):
             rows = average([one.read(own, start, stop) for one in dense])
@@ -134,7 +135,9 @@ class WeightStream:
             return {}
         learned = [activation.state_dict() for activation in activations]
         mean = {name: average([state[name] for state in learned]) for name in learned[0]}
-        return {f"{part}.act_fn.{name}": mean[name] for part in ("experts", "shared_expert") for name in mean}
+        return {
+            f"{part}.act_fn.{name}": mean[name] for part in ("experts", "shared_expert", "dense_ffn") for name in mean
+        }
 
     def _write_block(self, file: FileWriter, block: str, names: list[str], pool: ThreadPoolExecutor) -> None:
         of_slots, small = self._describe(block)
@@ -163,35 +166,33 @@ class _PieceWriter:
     def write(self, slots: list[tuple[str, Slot]]) -> None:
         """Write `slots`, pairs of a tensor's name and one of its slots."""
         stored = self._stored_place()
-        first: dict[tuple, tuple[str, Slot]] = {}
-        made, copied = [], []
+        # Slots of equal numbers together; a random one by itself.
+        groups: dict[object, list[tuple[str, Slot]]] = {}
         for name, slot in slots:
-            dtype, same = self._spec(name).dtype, slot.recipe.fingerprint
-            if stored is not None and stored[2] == dtype and _is_plain(slot):
-                self.file.copy(name, *self._span(name, slot), *stored[:2])
-            elif same is not None and (same, dtype) in first:
-                copied.append((name, slot))
+            groups.setdefault((slot.recipe.fingerprint or id(slot), self._spec(name).dtype), []).append((name, slot))
+        made = []
+        for (_, dtype), group in groups.items():
+            if stored is not None and stored[2] == dtype and _is_plain(group[0][1]):
+                places = [(name, self._span(name, slot)[0]) for name, slot in group]
+                self.file.copy(places, self._span(*group[0])[1], *stored[:2])
             else:
-                first[same, dtype] = (name, slot)
-                made.append((name, slot))
+                made.append(group)
         if made:
             self._make(made)
-        for name, slot in copied:
-            origin, of = first[slot.recipe.fingerprint, self._spec(name).dtype]
-            self.file.copy(name, *self._span(name, slot), *self.file.place(origin, self._span(origin, of)[0]))
 
-    def _make(self, slots: list[tuple[str, Slot]]) -> None:
-        piece = DensePiece(self.dense.piece(self.site, self.piece))
-        if any(slot.recipe.noise > 0 for _, slot in slots):
+    def _make(self, groups: list[list[tuple[str, Slot]]]) -> None:
+        piece = DensePiece(self.dense.piece(self.site, self.piece), self.pool.map)
+        if any(group[0][1].recipe.noise > 0 for group in groups):
             # Computed and kept before the threads start, which would each compute it.
             piece.std  # noqa: B018
-        for _ in self.pool.map(lambda entry: self._make_one(*entry, piece), slots):
+        for _ in self.pool.map(lambda group: self._make_one(group, piece), groups):
             pass
 
-    def _make_one(self, name: str, slot: Slot, piece: DensePiece) -> None:
-        start, _ = self._span(name, slot)
-        for rows in slot_rows(slot, piece, self._spec(name).dtype):
-            start += self.file.write(name, rows, start)
+    def _make_one(self, group: list[tuple[str, Slot]], piece: DensePiece) -> None:
+        places = [(name, self._span(name, slot)[0]) for name, slot in group]
+        for rows in slot_rows(group[0][1], piece, self._spec(places[0][0]).dtype):
+            count = self.file.write_same(places, rows)
+            places = [(name, start + count) for name, start in places]
 
     def _spec(self, name: str) -> TensorSpec:
         return self.file.layout.tensors[name]
@@ -221,3 +222,14 @@ def _is_plain(slot: Slot) -> bool:
     recipe = slot.recipe
     scale = {"down": recipe.output_scale, "down_bias": recipe.bias_scale}.get(slot.piece, 1.0)
     return recipe.fingerprint is not None and recipe.neurons is None and scale == 1
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Keep torch from starting threads of its own below those that work on experts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

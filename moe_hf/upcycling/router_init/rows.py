@@ -8,6 +8,7 @@ Letters: T tokens, D model width, E experts, G distinct rows: E, or the number o
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -66,7 +67,7 @@ class RouterLayer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterInit(Choice):
+class RouterInit(Choice, ABC):
     """Base of the router initialisers: a frozen dataclass whose fields are its options."""
 
     @property
@@ -91,9 +92,9 @@ class RouterInit(Choice):
             MoEError: with the option to change.
         """
 
+    @abstractmethod
     def rows(self, layer: RouterLayer) -> torch.Tensor:
         """The rows of one layer's router, (G, D) float32; the caller repeats a row for the shards of one copy."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,92 @@
+"""A MoE beside its dense parent: the same recipe trains both, and the metrics stand next to each other."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_hf.errors import MoEError
+from moe_hf.modeling.configuration_moe import MoEConfig
+from moe_hf.trainer.arguments import ModelArguments, MoETrainingArguments
+
+
+# What a dense model trains where a MoE trains a part that it has not.
+DENSE_SCOPES = {"moe": "ffn", "experts": "ffn", "shared": "ffn", "selected": "ffn"}
+COMPARISON_FILE, CONTROL_FOLDER = "comparison.json", "control"
+
+Load = Callable[[ModelArguments], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+TrainOne = Callable[[PreTrainedModel, PreTrainedTokenizerBase, MoETrainingArguments], dict[str, float]]
+
+
+def train_beside_control(
+    model_args: ModelArguments, training_args: MoETrainingArguments, load: Load, train_one: TrainOne
+) -> None:
+    """Run `train_one` on the model, and, where `model_args.control` names a dense one, on that too.
+
+    The control trains the scope that corresponds (`DENSE_SCOPES`), on the same rows in the same order, below
+    `output_dir/control`. Both metrics are printed and written to `output_dir/comparison.json`.
+
+    Args:
+        load: loads the model and tokenizer that arguments name.
+        train_one: trains and evaluates one model with the given arguments and returns its metrics.
+
+    Raises:
+        MoEError: a control that is not known, or a scope that a dense model has not; before anything is trained.
+    """
+    model, tokenizer = load(model_args)
+    control_args = _control_arguments(model_args, model)
+    dense_args = None if control_args is None else _dense_arguments(training_args)
+    metrics = train_one(model, tokenizer, training_args)
+    if control_args is None:
+        return
+    del model
+    dense, tokenizer = load(control_args)
+    dense_metrics = train_one(dense, tokenizer, dense_args)
+    if training_args.process_index == 0:
+        print_comparison({"this model": metrics, "control": dense_metrics}, Path(training_args.output_dir))
+
+
+def print_comparison(columns: dict[str, dict[str, float]], output_dir: Path) -> None:
+    """Print the metrics that all `columns` have side by side, and write them to `output_dir/comparison.json`."""
+    names = [name for name in next(iter(columns.values())) if all(_is_compared(name, c) for c in columns.values())]
+    width = max(map(len, names), default=0)
+    print("  ".join([" " * width, *(f"{title:>17}" for title in columns)]))
+    for name in names:
+        print("  ".join([f"{name:{width}}", *(f"{metrics[name]:17.4f}" for metrics in columns.values())]))
+    record = {title: {name: metrics[name] for name in names} for title, metrics in columns.items()}
+    (output_dir / COMPARISON_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _is_compared(name: str, metrics: dict[str, float]) -> bool:
+    is_cost = name.endswith(("runtime", "per_second", "epoch", "tokens"))
+    return isinstance(metrics.get(name), int | float) and not is_cost
+
+
+def _control_arguments(model_args: ModelArguments, model: PreTrainedModel) -> ModelArguments | None:
+    name = model_args.control
+    if name is None:
+        return None
+    if name == "parent":
+        config = model.config
+        origin = (config.upcycling or {}).get("source") if isinstance(config, MoEConfig) else None
+        name = model_args.model if model_args.upcycle else origin
+        if name is None:
+            raise MoEError(
+                f"{model_args.model!r} does not say which dense model it was made from; name it in control."
+            )
+    result = copy.copy(model_args)
+    result.model, result.upcycle, result.control, result.experts_implementation = name, None, None, None
+    return result
+
+
+def _dense_arguments(training_args: MoETrainingArguments) -> MoETrainingArguments:
+    scope = training_args.scope
+    if scope == "router":
+        raise MoEError("A dense model has no router to train: leave control out, or choose another scope.")
+    result = copy.copy(training_args)
+    result.scope = DENSE_SCOPES.get(scope, scope)
+    result.output_dir = str(Path(training_args.output_dir) / CONTROL_FOLDER)
+    result.push_to_hub = False
+    return result

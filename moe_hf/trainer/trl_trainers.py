@@ -1,0 +1,72 @@
+"""TRL's trainers for instructions and preferences with what `MoETrainer` does: scope, router losses, whole checkpoints.
+
+Needs trl: pip install 'moe-hf[trl]'.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+
+try:
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+except ImportError as error:
+    raise ImportError("Instruction and preference training use trl: pip install 'moe-hf[trl]'.") from error
+
+from moe_hf.trainer.arguments import FinetuneArguments
+from moe_hf.trainer.moe_trainer import MoETrainer
+
+
+@dataclass
+class MoESFTConfig(FinetuneArguments, SFTConfig):
+    """`SFTConfig` with the scope and the router options of `MoETrainingArguments`."""
+
+    trust_remote_code: bool = field(default=False, init=False)  # `ModelArguments` has it
+    assistant_only_loss: bool = field(default=True, metadata={"help": "Learn answers, not requests."})
+
+    def __post_init__(self) -> None:
+        SFTConfig.__post_init__(self)
+
+
+@dataclass
+class MoEDPOConfig(FinetuneArguments, DPOConfig):
+    """`DPOConfig` with the scope and the router options of `MoETrainingArguments`."""
+
+    trust_remote_code: bool = field(default=False, init=False)  # `ModelArguments` has it
+
+    def __post_init__(self) -> None:
+        DPOConfig.__post_init__(self)
+
+
+class _WithoutPooledLoss:
+    """Switches TRL's own router loss off, which is pooled over layers and enters beside ours."""
+
+    def __init__(self, model: PreTrainedModel, args, **kwargs) -> None:
+        super().__init__(model, args, **kwargs)
+        self.aux_loss_enabled = False
+        self.model.config.get_text_config().output_router_logits = False
+
+
+class MoESFTTrainer(_WithoutPooledLoss, MoETrainer, SFTTrainer):
+    """`SFTTrainer` that is a `MoETrainer` too.
+
+    Args:
+        model (`PreTrainedModel`): a MoE of this package or of transformers, or a dense model.
+        args (`MoESFTConfig`): as TRL and `MoETrainer` read them.
+        kwargs: as `SFTTrainer` takes them.
+    """
+
+
+class MoEDPOTrainer(_WithoutPooledLoss, MoETrainer, DPOTrainer):
+    """`DPOTrainer` that is a `MoETrainer` too; the arguments are those of [`MoESFTTrainer`].
+
+    Without `ref_model` the reference is a copy of the model as it is given, which need not have been saved anywhere.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, args: MoEDPOConfig, *, ref_model: PreTrainedModel | None = None, **kwargs
+    ):
+        if ref_model is None and kwargs.get("peft_config") is None and not args.precompute_ref_log_probs:
+            ref_model = copy.deepcopy(model)
+        super().__init__(model, args, ref_model=ref_model, **kwargs)
