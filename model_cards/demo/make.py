@@ -3,7 +3,7 @@
 python model_cards/demo/make.py OUT              everything into the new folder OUT
 python model_cards/demo/make.py OUT --publish    and the card with its picture beside this file
 
-Two to three minutes of one CPU core. The text is CPython's own.
+Two minutes of one CPU core. The text is CPython's own.
 """
 
 import argparse

@@ -151,4 +151,4 @@ def test_padding_is_left_out_whatever_the_router_returns(fields, rows):
     if fields.get("router_type") != "top_p":
         # K choices of each row: all of its experts, or two of them.
         per_row = 4 if "router_type" in fields else 2
-        assert [int(row.sum()) for row in counts] == [rows * 19 * per_row] * len(probe.layers)
+        assert [int(layer.choices.sum()) for layer in layers] == [rows * 19 * per_row] * len(probe.layers)
