@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import moe_hf
-from moe_hf.trainer.router_watch import RouterWatch
+from moe_hf.finetuning.router_watch import RouterWatch
 from moe_hf.trainer.telemetry import LoadCounts, summarise
 
 

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import moe_hf
-from moe_hf.reporting.routing_counts import count_routing
 from moe_hf.upcycling import add_experts, grow_experts, remove_experts, to_dense
 
 
@@ -34,9 +33,9 @@ def main() -> None:
     report("grown", grown)
 
     # In each layer the expert that the tokens choose least. Tokens that never chose it do not notice.
-    load = count_routing(grown, {"text": [{"input_ids": ids}]}).load()
+    found = moe_hf.routing_statistics(grown, [{"input_ids": ids}])
     layers = [site.layer_index for site in grown.base_model._moe_sites]
-    least = {layer: [int(row.argmin())] for layer, row in zip(layers, load, strict=True)}
+    least = {index: [int(layer.load.argmin())] for index, layer in zip(layers, found.layers, strict=True)}
     smaller = remove_experts(grown, least, inputs=ids)
     report("least used expert removed", smaller)
 

@@ -56,6 +56,7 @@ _MODULES = {
     "remove_expert_lora": "moe_hf.finetuning",
     "remove_experts": "moe_hf.upcycling",
     "replace_experts": "moe_hf.upcycling",
+    "routing_statistics": "moe_hf.reporting.routing_statistics",
     "save_expert_deltas": "moe_hf.finetuning",
     "save_expert_lora": "moe_hf.finetuning",
     "score_experts": "moe_hf.finetuning",

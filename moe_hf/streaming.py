@@ -155,8 +155,10 @@ class _Job:
         self.tokenizer = _tokenizer(folder)
         check_vocabulary(self.moe, self.tokenizer)
         seen = observe(self.method, self.config, lambda: load_layerwise(folder), inputs, lambda: self.tokenizer)
-        facts = {"source": str(source), **self.method.to_dict(), **seen.facts, "verification": None}
-        self.config.upcycling = facts
+        # The Hub's cache calls a folder by its commit.
+        revision = {"revision": folder.name} if folder.parent.name == "snapshots" else {}
+        recorded = {"source": str(source), **revision, **self.method.to_dict()}
+        self.config.upcycling = {**recorded, **seen.facts, "verification": None}
         self.stream = WeightStream(self.dense, ready.sites, self.moe, self.method, seen.layers)
 
     def fingerprints(self) -> list[dict[str, Any]]:

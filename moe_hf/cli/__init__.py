@@ -3,7 +3,7 @@
 Torch and transformers are imported inside the commands, so that help and mistakes in the arguments answer at once.
 """
 
-from moe_hf.cli import experts, export, inspect, plan, surgery, upcycle, verify
+from moe_hf.cli import card, experts, export, inspect, plan, report, surgery, upcycle, verify
 from moe_hf.cli.app import app, main
 
 
@@ -15,6 +15,8 @@ for _name, _command in (
     ("verify", verify.verify),
     ("inspect", inspect.inspect),
     ("plan", plan.plan),
+    ("report", report.report),
+    ("card", card.card),
     ("export", export.export),
     ("import", export.import_),
     ("grow-experts", surgery.grow_experts),

@@ -1,19 +1,13 @@
 """`moe-hf score-experts, select-experts, merge-deltas`: which experts a task uses, and what training them changed."""
 
 import json
-from collections.abc import Iterator
-from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from moe_hf.cli.app import load_model, load_tokenizer, quiet_transformers, refuse_existing, user_errors
-
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from moe_hf.cli.text_blocks import batches_of, load_documents, text_blocks
 
 
 # As in the ESFT authors' scripts.
@@ -38,24 +32,17 @@ def score_experts(
     with user_errors():
         if output is not None:
             refuse_existing(output)
-        from moe_hf.data import load_text
         from moe_hf.errors import MoEError
         from moe_hf.finetuning import score_experts as score
 
-        documents = load_text(data, split=split, text_column=text_column)
-        if domain:
-            known = sorted(set(documents["domain"]))
-            unknown = sorted(set(domain) - set(known))
-            if unknown:
-                raise MoEError(f"No domain {unknown[0]!r} in {data!r}; it has {', '.join(known)}.")
-            documents = documents.select([i for i, name in enumerate(documents["domain"]) if name in domain])
+        documents = load_documents(data, split, text_column, domain)
         with quiet_transformers():
             moe = load_model(model)
             tokenizer = load_tokenizer(model)
             if tokenizer is None:
                 raise MoEError(f"{model} has no tokenizer, which --data needs.")
-            blocks = _blocks(moe, tokenizer, documents.shuffle(seed=seed), block_size, max_tokens)
-            scores = score(moe, _batches(blocks, batch_size), max_tokens=max_tokens)
+            blocks = text_blocks(moe, tokenizer, documents.shuffle(seed=seed), block_size, max_tokens)
+            scores = score(moe, batches_of(blocks, batch_size), max_tokens=max_tokens)
         if output is None:
             typer.echo(json.dumps(scores.to_dict(), indent=1))
         else:
@@ -111,37 +98,3 @@ def merge_deltas(
         typer.echo(
             f"{base} + {deltas} -> {destination}: {facts.num_experts} trained experts in {len(facts.experts)} layers"
         )
-
-
-def _blocks(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    documents: "Dataset",
-    block_size: int,
-    max_tokens: int,
-) -> "Dataset":
-    """Enough rows for `max_tokens`: packed, or padded where documents of the family would see each other."""
-    from moe_hf.data import check_packing, tokenize_and_pack
-    from moe_hf.errors import MoEError
-
-    positions = getattr(model.config, "max_position_embeddings", None)
-    block_size = min(block_size, positions or block_size)
-    # Few tokenizers have tokens of more than 8 characters in the mean.
-    enough = 8 * (max_tokens + block_size)
-    ends = accumulate(map(len, documents["text"]))
-    documents = documents.select(range(min(len(documents), 1 + sum(end < enough for end in ends))))
-    try:
-        check_packing(model)
-    except MoEError:
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenize_and_pack(documents, tokenizer, block_size, packed=False)
-    return tokenize_and_pack(documents, tokenizer, block_size)
-
-
-def _batches(blocks: "Dataset", batch_size: int) -> Iterator[dict[str, Any]]:
-    rows = iter(blocks)
-    while batch := list(islice(rows, batch_size)):
-        import torch
-
-        yield {name: torch.stack([row[name] for row in batch]) for name in batch[0]}

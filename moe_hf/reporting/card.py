@@ -1,4 +1,4 @@
-"""The first model card of a model: what can be counted and read from it, and nothing that is not known."""
+"""The model card: what can be counted, read and measured of a model, and nothing that is not known."""
 
 import difflib
 import re
@@ -12,12 +12,36 @@ from transformers import PreTrainedModel
 
 from moe_hf.errors import MoEError
 from moe_hf.inspection import ModelFacts, inspect_model
+from moe_hf.reporting.card_facts import (
+    check_results,
+    eval_results,
+    eval_results_file,
+    license_of,
+    result_rows,
+    routing_health,
+)
 from moe_hf.resources import resource_path
 
 
 METADATA_FACTS = ("base_model", "license", "language", "datasets", "metrics", "tags")
-SECTION_FACTS = ("title", "training", "evaluation", "commands", "limits")
+SECTION_FACTS = (
+    *("title", "base_model_revision", "training", "results", "evaluation", "routing_report", "commands", "limits"),
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class MoECard(ModelCard):
+    """A card with the files that go beside it, by their names; `save` writes them too."""
+
+    companions: dict[str, bytes]
+
+    def save(self, filepath: Path | str) -> None:
+        """Write the card, and its companions into the card's folder."""
+        super().save(filepath)
+        for name, content in self.companions.items():
+            path = Path(filepath).parent / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
 
 
 def model_card(
@@ -26,19 +50,23 @@ def model_card(
     repo_id: str | None = None,
     card_facts: dict[str, Any] | None = None,
     has_tokenizer: bool = False,
-) -> ModelCard:
+) -> MoECard:
     """Write the card of a model from `model_cards/template.md`; a section without facts is left out.
 
     Args:
         model (`PreTrainedModel`): any causal LM; for a MoE its experts are counted.
         repo_id (`str`, *optional*): the name that the usage code loads.
         card_facts (`dict`, *optional*): what the model itself does not know. Metadata of the Hub: `base_model`,
-            `license`, `language`, `datasets`, `metrics`, `tags`. Text: `title`; `training`, a dict of name and value;
-            `evaluation`, a list of rows with equal keys; `commands` that made the model; `limits`, a list of sentences.
+            `license` (by default the parent's, where its card lies on this machine), `language`, `datasets`, `metrics`,
+            `tags`. Text: `title`; `base_model_revision`; `training`, a dict of name and value, as [`training_facts`] gives;
+            `results`, measurements beside the dense parent's, see [`check_results`], which become the Hub's `model-index` and
+            `.eval_results` too; `evaluation`, a list of rows with equal keys; `routing_report`, the folder of a
+            [`write_report`], whose picture goes beside the card; `commands` that made the model; `limits`, a list of
+            sentences.
         has_tokenizer (`bool`, *optional*, defaults to `False`): whether the usage code may load a tokenizer.
 
     Returns:
-        `ModelCard`, deterministic: the same model and facts give the same text.
+        `MoECard`, a `ModelCard` of huggingface_hub. The same model and facts give the same text.
 
     Raises:
         `MoEError`: a fact that the card has no place for, or of the wrong form.
@@ -49,6 +77,10 @@ def model_card(
     routing = _routing_rows(counted)
     base_model = facts.get("base_model") or hub_id(upcycling.get("source"))
     name = repo_id or "path/to/this/folder"
+    title = facts.get("title") or (repo_id.split("/")[-1] if repo_id else type(model).__name__)
+    parents_license = None if "license" in facts else license_of(upcycling.get("source"))
+    results = check_results(facts.get("results", []))
+    health, companions = routing_health(facts.get("routing_report"))
     tags = ["moe", "mixture-of-experts"] if routing else []
     tags += ["moe_hf"] if _has_code(model) else []
     tags += ["upcycled"] if upcycling else []
@@ -58,20 +90,25 @@ def model_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys([*tags, *facts.get("tags", [])])),
-        **{key: facts[key] for key in ("license", "language", "datasets", "metrics") if key in facts},
+        license=facts.get("license", parents_license),
+        **({"model_name": title, "eval_results": eval_results(results)} if results else {}),
+        **{key: facts[key] for key in ("language", "datasets", "metrics") if key in facts},
     )
     text_config = getattr(model.config, "text_config", None)
-    return ModelCard.from_template(
+    card = MoECard.from_template(
         data,
         template_path=str(resource_path("model_cards/template.md")),
-        title=facts.get("title") or (repo_id.split("/")[-1] if repo_id else type(model).__name__),
+        title=title,
         base_model_name=base_model if isinstance(base_model, str) else None,
         dense_family=getattr(text_config, "model_type", None) or model.config.model_type,
         parameters=_parameter_rows(counted),
         routing=routing,
-        upcycling=_upcycling_rows(upcycling),
+        upcycling=_upcycling_rows(upcycling, facts.get("base_model_revision")),
         training=facts.get("training"),
+        results=result_rows(results),
         evaluation=facts.get("evaluation"),
+        health=health,
+        parents_license=parents_license,
         commands=facts.get("commands", []),
         limits=facts.get("limits", []),
         has_code=_has_code(model),
@@ -81,6 +118,8 @@ def model_card(
         dtype=str(model.dtype).removeprefix("torch."),
         versions=_versions(),
     )
+    card.companions = companions | eval_results_file(results)
+    return card
 
 
 def _parameter_rows(facts: ModelFacts) -> dict[str, int]:
@@ -128,10 +167,12 @@ def _routing_rows(facts: ModelFacts) -> dict[str, Any]:
     return {"layers with experts": layers, **required, **shown}
 
 
-def _upcycling_rows(upcycling: dict[str, Any]) -> dict[str, Any]:
+def _upcycling_rows(upcycling: dict[str, Any], revision: str | None) -> dict[str, Any]:
     if not upcycling:
         return {}
-    rows = {"source": hub_id(upcycling.get("source")), "experts start as": (upcycling.get("init") or {}).get("name")}
+    rows = {"source": hub_id(upcycling.get("source")), "revision": revision or upcycling.get("revision")}
+    rows["experts start as"] = (upcycling.get("init") or {}).get("name")
+    rows["routers start as"] = (upcycling.get("router_init") or {}).get("name")
     rows |= {name: upcycling.get(name) for name in ("noise", "seed")}
     check = upcycling.get("verification") or {}
     if "relative_error" in check:

@@ -22,8 +22,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from moe_hf.errors import MoEError
+from moe_hf.finetuning.router_watch import ForwardPass
 from moe_hf.modeling.losses import sum_over_ranks
-from moe_hf.trainer.router_watch import ForwardPass
 
 
 BIAS = "e_score_correction_bias"

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
@@ -20,6 +21,7 @@ from moe_hf.finetuning.lora_sharding import is_sharded as experts_are_sharded
 from moe_hf.finetuning.scopes import ScopeReport, apply_scope, report_scope, scope_parameter_names
 from moe_hf.hub import push_model
 from moe_hf.reporting.card import model_card
+from moe_hf.reporting.card_facts import this_hardware, training_facts
 from moe_hf.trainer.arguments import MoETrainingArguments
 from moe_hf.trainer.checkpoints import choose_checkpoint, weights_at_hand
 from moe_hf.trainer.layouts import distribute, is_sharded
@@ -137,7 +139,8 @@ class MoETrainer(StepTrainer, ResumableTrainer):
                 with self._adapters_merged():
                     super().save_model(str(folder), _internal_call=True)
             if self.args.should_save:
-                card = model_card(self._unwrapped(), has_tokenizer=self.processing_class is not None)
+                has_tokenizer = self.processing_class is not None
+                card = model_card(self._unwrapped(), card_facts=self._card_facts(), has_tokenizer=has_tokenizer)
                 card.save(folder / "README.md")
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save")
@@ -169,8 +172,13 @@ class MoETrainer(StepTrainer, ResumableTrainer):
                 token=token or self.args.hub_token,
                 commit_message=commit_message,
                 revision=revision or self.args.hub_revision,
-                **kwargs,
+                **{"card_facts": self._card_facts(), **kwargs},
             )
+
+    def _card_facts(self) -> dict[str, Any]:
+        """What the card says about the run, once it has trained."""
+        trained = self.state.global_step > 0
+        return {"training": training_facts(vars(self.state), this_hardware())} if trained else {}
 
     def _weights_as_given(self) -> dict[str, torch.Tensor]:
         weights = self._whole_weights(copied=False)

@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
+from moe_hf.finetuning.router_watch import RouterDecision, RouterWatch, layer_label, log_scores
 from moe_hf.modeling.losses import sum_over_ranks
-from moe_hf.trainer.router_watch import RouterDecision, RouterWatch, layer_label
 
 
 PREFIX = "routing"
@@ -51,18 +50,15 @@ class LoadCounts:
     def add(self, decisions: Iterable[RouterDecision], scoring_func: str) -> None:
         """Add the decisions of one forward pass of routers that score by a `"softmax"` or a `"sigmoid"`."""
         for decision in decisions:
-            logits = decision.router_logits.detach().float()
-            # A softmax of ln(sigmoid) is a sigmoid divided by its sum.
-            logits = logsigmoid(logits) if scoring_func == "sigmoid" else logits
-            log_scores = logits.log_softmax(-1)  # (T, E)
-            entropy = -(log_scores.exp() * log_scores).sum(-1)
+            scores = log_scores(decision.router_logits, scoring_func)  # (T, E)
+            entropy = -(scores.exp() * scores).sum(-1)
             mask = decision.token_mask
             tokens = entropy.new_tensor(len(entropy)) if mask is None else mask.to(entropy.device).sum()
             entropy = entropy.sum() if mask is None else (entropy * mask.to(entropy.device)).sum()
             unserved = decision.routing.top_k_weights.detach() == 0
             dropped = (unserved * decision.real_choices()).sum()
             # Counts of a long window are exact in float64 only.
-            dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+            dtype = torch.float32 if scores.device.type == "mps" else torch.float64
             figures = torch.stack([figure.to(dtype) for figure in (tokens, entropy, dropped)])
             sums = torch.cat([decision.choice_counts().to(dtype), figures])
             before = self._sums.get(decision.name)

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from moe_hf.modeling.configuration_moe import MoEConfig, MoEError
 from moe_hf.modeling.dense_mlp import MLPSite
@@ -97,9 +104,15 @@ def upcycle(
     fill_blocks([m.base_model for m in models], sites, moe.base_model, config, method, seen.layers)
     moe.tie_weights()
     moe.generation_config = copy.deepcopy(model.generation_config)
-    config.upcycling = {"source": ready.source, **method.to_dict(), **seen.facts}
+    config.upcycling = {"source": ready.source, **revision_of(model.config), **method.to_dict(), **seen.facts}
     check_result(model, moe, config, method, sites[0], tokens_to_check(verify_inputs, inputs), allow_inexact)
     return moe
+
+
+def revision_of(config: PreTrainedConfig) -> dict[str, str]:
+    """The commit of the Hub that a configuration was loaded from, for the metadata; empty for a folder."""
+    commit = getattr(config, "_commit_hash", None)
+    return {"revision": commit} if commit else {}
 
 
 def tokens_to_check(verify_inputs: torch.Tensor | None, inputs: torch.Tensor | None) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ import torch
 from moe_hf import MoEConfig, MoEError, MoEForCausalLM
 from moe_hf.modeling.multi_head import parity_experts, parity_width
 from moe_hf.modeling.routing_pass import RoutingPass, routing_pass
-from moe_hf.reporting.routing_counts import count_routing
+from moe_hf.reporting.routing_statistics import routing_statistics
 from tests.modeling.reference import make_block
 from tests.tiny_models import random_ids, tiny_config
 
@@ -100,8 +100,8 @@ def test_counts_of_choices_leave_padding_out():
     model, ids = tiny_multi_head().eval(), random_ids(2, 8)
     mask = torch.ones_like(ids)
     mask[0, 5:] = 0
-    counts = count_routing(model, {"text": [{"input_ids": ids, "attention_mask": mask}]}).counts
-    assert counts.sum(-1).tolist() == [[13 * 2 * 2] * 3]
+    layers = routing_statistics(model, [{"input_ids": ids, "attention_mask": mask}]).layers
+    assert [int(layer.choices.sum()) for layer in layers] == [13 * 2 * 2] * 3
 
 
 def test_widths_that_do_not_divide_and_dense_sources_are_refused():

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import moe_hf
 from moe_hf import MoEError
-from moe_hf.trainer.router_watch import RouterWatch
+from moe_hf.finetuning.router_watch import RouterWatch
 from tests.tiny_models import random_ids, tiny_native_moe
 from tests.trainer.multiplier import (
     ACCUMULATIONS,

@@ -9,7 +9,7 @@ from transformers import Trainer
 
 import moe_hf
 from benchmarks import telemetry as telemetry_benchmark
-from moe_hf.trainer.router_watch import RouterWatch, layer_label
+from moe_hf.finetuning.router_watch import RouterWatch, layer_label
 from moe_hf.trainer.telemetry import LoadCounts
 from tests.tiny_models import random_ids
 from tests.trainer.multiplier import HAS_TRL, trainer_of

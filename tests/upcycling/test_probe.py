@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_hf import MoEConfig, MoEError, MoEForCausalLM, upcycle
-from moe_hf.reporting.routing_counts import count_routing
+from moe_hf.reporting.routing_statistics import routing_statistics
 from moe_hf.upcycling.probe import RoutingProbe, RoutingRecorder, probe_routing
 from tests.tiny_models import random_ids, tiny_dense, tiny_native_moe
 
@@ -139,9 +139,9 @@ def test_padding_is_left_out_whatever_the_router_returns(fields, rows):
     ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[1, 7:] = 0
     probe = probe_routing(moe, ids, mask)
-    counts = count_routing(moe, {"text": [{"input_ids": ids, "attention_mask": mask}]}).counts[0]
+    layers = routing_statistics(moe, [{"input_ids": ids, "attention_mask": mask}]).layers
     assert probe.num_tokens == rows * 19
-    assert torch.equal(torch.stack(probe.tokens_per_expert), counts)
+    assert torch.equal(torch.stack(probe.tokens_per_expert), torch.stack([layer.choices for layer in layers]))
     with torch.no_grad():
         logits = moe(ids, attention_mask=mask, output_router_logits=True).router_logits
     real = mask.flatten().bool().repeat_interleave(rows)
@@ -151,4 +151,4 @@ def test_padding_is_left_out_whatever_the_router_returns(fields, rows):
     if fields.get("router_type") != "top_p":
         # K choices of each row: all of its experts, or two of them.
         per_row = 4 if "router_type" in fields else 2
-        assert [int(row.sum()) for row in counts] == [rows * 19 * per_row] * len(probe.layers)
+        assert [int(layer.choices.sum()) for layer in layers] == [rows * 19 * per_row] * len(probe.layers)

@@ -30,7 +30,7 @@ from moe_hf.data import builtin_corpus, corpus_fingerprint, split_by_document, t
 from moe_hf.errors import MoEError
 from moe_hf.finetuning import apply_scope
 from moe_hf.reporting.plots import plot_routing
-from moe_hf.reporting.routing_counts import count_routing
+from moe_hf.reporting.routing_statistics import routing_statistics
 
 from .bigram import KneserNeyBigram, neighbours
 from .settings import ARMS, Settings, dense_config, parse_arguments
@@ -261,9 +261,10 @@ class Demo:
 
         def build(folder: Path) -> dict[str, Any]:
             rows = {domain: batches(rows, EVALUATION_BATCH) for domain, rows in self.held_out().items()}
-            counts = count_routing(self.load(f"seed{seed}/{name}"), rows)
-            plot_routing(counts, folder / "routing.png", title=f"{name}, seed {seed}: routing of held-out tokens")
-            return counts.to_dict() | {"largest_load": float(counts.load().max())}
+            statistics = routing_statistics(self.load(f"seed{seed}/{name}"), rows, sample_tokens=0)
+            plot_routing(statistics, folder / "routing.png", title=f"{name}, seed {seed}, held-out text")
+            statistics.save(folder / "routing.json")
+            return statistics.summary()
 
         return self.stage(f"seed{seed}/{name}-routing", [arm], build)
 

@@ -1,7 +1,7 @@
 """Sees what the routers of a model decide, in this package's models and in those of transformers, whatever calls them.
 
 Hooks on the routers see a decision even where a fused head returns no router logits. They belong to one forward pass of
-the whole model: what gradient checkpointing computes again, evaluation and passes without gradients are not seen.
+the whole model: what gradient checkpointing computes again is not seen, and evaluation only where it is asked for.
 
 Letters: T tokens, E experts, K experts per token, R rows.
 """
@@ -13,16 +13,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.functional import logsigmoid
 from torch.utils.hooks import RemovableHandle
 
 from moe_hf.errors import MoEError
-from moe_hf.finetuning.scopes import find_moe_blocks
+from moe_hf.finetuning.moe_blocks import find_moe_blocks
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.routing import Routing, router_scores
 from moe_hf.modeling.routing_pass import document_ids_of
-
-
-ROUTER_NAMES = ("gate", "router")
+from moe_hf.router_outputs import ROUTER_NAMES
 
 
 @dataclass(frozen=True)
@@ -111,18 +110,25 @@ class ForwardPass:
 
 
 class RouterWatch:
-    """Collects the `decisions` of the routers of a model in the forward pass of a training step.
+    """Collects the `decisions` of the routers of a model in a forward pass.
 
     Args:
         model (`nn.Module`): a MoE, before or after wrapping; adapters around it are looked through.
         on_forward (callable, *optional*): called with `(watch, outputs)` after each such pass.
+        training_only (`bool`): see the passes of training steps alone, not evaluation.
 
     Raises:
         MoEError: the model has no MoE block, or one whose router does not return raw logits, weights and choices.
     """
 
-    def __init__(self, model: nn.Module, on_forward: Callable[["RouterWatch", object], None] | None = None) -> None:
-        self.model = transformer_of(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        on_forward: Callable[["RouterWatch", object], None] | None = None,
+        *,
+        training_only: bool = True,
+    ) -> None:
+        self.model, self.training_only = transformer_of(model), training_only
         self.forward_pass, self.decisions = ForwardPass(), []
         self._on_forward, self._scoring_func = on_forward, None
         routers = find_routers(self.model)
@@ -144,12 +150,17 @@ class RouterWatch:
             self._scoring_func = config.scoring_func if is_ours else scoring_of(first)
         return self._scoring_func
 
+    @property
+    def sees_pass(self) -> bool:
+        """Whether the decisions of the forward pass that runs are collected."""
+        return self.forward_pass.is_step or not self.training_only
+
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.decisions.clear()
         self.forward_pass.begin(model, args, kwargs)
 
     def _end(self, model: nn.Module, args: tuple, output: object) -> None:
-        if self.forward_pass.is_step and self._on_forward is not None:
+        if self.sees_pass and self._on_forward is not None:
             self._on_forward(self, output)
 
     def remove(self) -> None:
@@ -168,12 +179,12 @@ class _NoteDecision:
 
     def __call__(self, router: nn.Module, args: tuple, output: object) -> None:
         current = self.watch.forward_pass
-        if not current.is_step:
+        if not self.watch.sees_pass:
             return
         if not (isinstance(output, tuple) and len(output) >= 3 and not output[2].is_floating_point()):
             raise MoEError(
                 f"{type(router).__name__} of {self.name!r} does not return (router_logits, weights, choices) as the "
-                "routers of transformers do, so its losses and its load cannot be read. Train with "
+                "routers of transformers do, so its losses and its load cannot be read. To train it, set "
                 "router_aux_loss_coef=0 and routing_telemetry='off'."
             )
         logits, weights, index = output[:3]
@@ -211,7 +222,7 @@ def find_routers(model: nn.Module) -> dict[str, nn.Module]:
         if not found:
             raise MoEError(
                 f"The MoE block {name!r} ({type(block).__name__}) has no router of its own, named gate or router, whose "
-                "decisions could be read. Train with router_aux_loss_coef=0 and routing_telemetry='off'."
+                "decisions could be read. To train it, set router_aux_loss_coef=0 and routing_telemetry='off'."
             )
         routers[name] = found[0]
     if not routers:
@@ -236,7 +247,7 @@ def scoring_of(decision: RouterDecision) -> str:
     """
     logits = decision.router_logits.detach().float()
     index, weights = decision.routing.top_k_index, decision.routing.top_k_weights.detach().float()
-    if bool((logits >= 0).all()) and bool(((logits.sum(-1) - 1).abs() < 1e-3).all()):
+    if are_probabilities(logits):
         raise MoEError(f"{type(decision.router).__name__} returns probabilities in the place of raw router logits.")
     errors = {}
     for name in ("softmax", "sigmoid"):
@@ -248,3 +259,16 @@ def scoring_of(decision: RouterDecision) -> str:
         errors[name] = float((scores - given).abs().mean())
     is_sigmoid = errors["sigmoid"] < min(errors["softmax"], 1e-2)
     return "sigmoid" if is_sigmoid else "softmax"
+
+
+def are_probabilities(router_logits: torch.Tensor) -> bool:
+    """Whether what a router returns as its logits, (T, E), already went through a softmax."""
+    logits = router_logits.detach().float()
+    return bool((logits >= 0).all()) and bool(((logits.sum(-1) - 1).abs() < 1e-3).all())
+
+
+def log_scores(router_logits: torch.Tensor, scoring_func: str) -> torch.Tensor:
+    """Logarithms of a token's scores as parts of 1, (T, E) float32, of a `"softmax"` or a `"sigmoid"`."""
+    logits = router_logits.detach().float()
+    # A softmax of ln(sigmoid) is a sigmoid divided by its sum.
+    return (logsigmoid(logits) if scoring_func == "sigmoid" else logits).log_softmax(-1)
