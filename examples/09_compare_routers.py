@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import moe_hf
 from moe_hf.data import load_text, split_by_document, tokenize_and_pack, train_tokenizer
-from moe_hf.reporting.routing_counts import count_routing
 
 
 def train(model: PreTrainedModel, rows: Dataset, steps: int) -> None:
@@ -80,10 +79,10 @@ def main() -> None:
         moe = moe_hf.upcycle(base, num_experts=8, num_experts_per_tok=2, allow_inexact=name == "top-p", **fields)
         before = held_out_loss(moe, held_out)
         train(moe, rows, arguments.steps)
-        counts = count_routing(moe, {"prose": [held_out[:]]})
+        layers = moe_hf.routing_statistics(moe, [held_out[:]]).layers
         # How far the busiest expert of a layer is above the mean one.
-        violation = (counts.load().max(-1).values - 1).mean()
-        experts = counts.counts.sum() / len(counts.layers) / held_out[:]["input_ids"].numel()
+        violation = sum(layer.max_violation for layer in layers) / len(layers)
+        experts = sum(layer.mean_active for layer in layers) / len(layers)
         after = held_out_loss(moe, held_out)
         lines.append(f"{name:28}{before:9.3f}{after:9.3f}{violation:9.2f}{experts:15.2f}")
     print("\n".join(lines))
