@@ -102,7 +102,9 @@ def quantize_experts(
         refuse_stored(name, experts)
         for parameter in _maps(experts).values():
             if not all(torch.isfinite(matrix.float().abs().amax()) for matrix in parameter.unbind(0)):
-                raise MoEError(f"The experts of {name} have a number that is infinite or NaN. Mend the checkpoint first.")
+                raise MoEError(
+                    f"The experts of {name} have a number that is infinite or NaN. Mend the checkpoint first."
+                )
     before = model_bytes(model)
     expected = None if tokens is None else logits_of(model, tokens)
     for experts in blocks.values():
@@ -160,7 +162,9 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     for name, experts in blocks.items():
         describe_experts(experts)
         if not hasattr(type(experts).forward, "__wrapped__"):
-            raise MoEError(f"The experts of {name} ({type(experts).__name__}) mix the weights of all: keep them plain.")
+            raise MoEError(
+                f"The experts of {name} ({type(experts).__name__}) mix the weights of all: keep them plain."
+            )
         if vars(experts).get("_experts_function", stored_experts_forward) is not stored_experts_forward:
             raise MoEError(
                 f"The experts of {name} have adapters or parameters of their own. Merge or remove these first "

@@ -44,13 +44,16 @@ class Block(nn.Module):
 
 def tiny_upcycled(family: str = "llama") -> MoEForCausalLM:
     """A MoE of ours with random weights, 4 experts, 2 per token."""
-    model = MoEForCausalLM(MoEConfig(tiny_config(family), num_experts=4, num_experts_per_tok=2))
+    model = MoEForCausalLM(MoEConfig(text_config=tiny_config(family), num_experts=4, num_experts_per_tok=2))
     randomise_(model)
     return model.eval()
 
 
 def matrix(rows: int = 24, columns: int = 40, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-3, 2, rows)[:, None]
+    return (
+        torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+        * torch.logspace(-3, 2, rows)[:, None]
+    )
 
 
 def round_trip(scheme: QuantizationScheme, weight: torch.Tensor) -> torch.Tensor:
@@ -151,7 +154,12 @@ def test_the_report_has_the_bytes_and_the_error_on_the_users_tokens(build):
     assert sum(report.before.experts.values()) == sum(p.nbytes for m in modules for p in m.parameters())
     assert report.before.rest == report.after.rest
     assert 7 < report.before.experts["cpu"] / report.after.experts["cpu"] < 8
-    parts = [part for b in find_moe_blocks(model).values() for w in stored_maps(b.experts).values() for part in w.source.parts.values()]
+    parts = [
+        part
+        for b in find_moe_blocks(model).values()
+        for w in stored_maps(b.experts).values()
+        for part in w.source.parts.values()
+    ]
     assert report.after.experts["cpu"] == sum(part.nbytes for part in parts)
     assert report.error == logit_error(logits_of(plain, ids), logits_of(model, ids))
     assert 0.005 < report.error.relative < 0.5
@@ -189,7 +197,11 @@ def test_modules_move_and_change_dtype():
 
 def test_what_cannot_be_is_refused_and_leaves_the_model_alone(tmp_path):
     model, ids = tiny_native_moe(), random_ids(1, 8)
-    for arguments in ({"scheme": "int3"}, {"scheme": "nf4", "block_size": 7}, {"scheme": "int8", "double_quant": True}):
+    for arguments in (
+        {"scheme": "int3"},
+        {"scheme": "nf4", "block_size": 7},
+        {"scheme": "int8", "double_quant": True},
+    ):
         with pytest.raises(MoEError):
             quantize_experts(model, **arguments)
     broken = copy.deepcopy(model)
