@@ -38,7 +38,7 @@ from moe_hf.kernels.experts import LinearMap, base_map, grouped_experts, stored_
 from moe_hf.kernels.matmul import rows_outer_experts, rows_times_experts
 from moe_hf.kernels.projections import ChosenProjection, Projection, Tensors
 from moe_hf.kernels.rows import ExpertRows, sort_rows
-from moe_hf.kernels.stored import MatrixSource, StoredExperts, refuse_stored, stored_maps
+from moe_hf.kernels.stored import MatrixSource, StoredExperts, has_stored, refuse_stored, stored_maps
 
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "base_map",
     "describe_experts",
     "grouped_experts",
+    "has_stored",
     "is_replaced",
     "refuse_stored",
     "restore",

@@ -116,6 +116,11 @@ def stored_maps(experts: nn.Module) -> dict[str, StoredExperts]:
     return {name: p for name, p in experts.named_parameters(recurse=False) if isinstance(p, StoredExperts)}
 
 
+def has_stored(model: nn.Module) -> bool:
+    """Whether experts of `model` are quantized or offloaded."""
+    return any(isinstance(parameter, StoredExperts) for parameter in model.parameters())
+
+
 def refuse_stored(name: str, experts: nn.Module) -> None:
     """Refuse experts whose numbers cannot be written to.
 

@@ -20,6 +20,7 @@ from moe_hf.finetuning.lora_files import LORA_NAME, save_expert_lora
 from moe_hf.finetuning.lora_sharding import is_sharded
 from moe_hf.finetuning.scopes import ScopeReport, apply_scope, report_scope
 from moe_hf.hub import push_model
+from moe_hf.kernels import has_stored
 from moe_hf.reporting.card import model_card
 from moe_hf.trainer.arguments import MoETrainingArguments
 from moe_hf.trainer.checkpoints import agree, choose_checkpoint, load_weights_, shared_folder
@@ -116,8 +117,8 @@ class MoETrainer(StepTrainer):
             has_adapters = bool(lora_adapters(self._unwrapped()))
             if has_adapters:
                 self._save_lora(folder)
-            # Adapters of experts that are spread over processes are merged on a whole model, later.
-            if not (has_adapters and is_sharded(self._unwrapped())):
+            # Adapters of experts that are spread over processes, or quantized, are merged on a whole model, later.
+            if not (has_adapters and (is_sharded(self._unwrapped()) or has_stored(self._unwrapped()))):
                 with self._adapters_merged():
                     super().save_model(str(folder), _internal_call=True)
             if self.args.should_save:
