@@ -113,6 +113,9 @@ class CachedMatrices(MatrixSource):
         return self.places.keys()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> MatrixSource:
+        # "cuda" is the device of an index too.
+        if dtype == self.dtype and device.type == self.device.type and None in (device.index, self.device.index):
+            return self
         raise MoEError(
             "Offloaded experts stay on their devices and in their dtype. restore_experts(model) first, move or cast the "
             "model, and offload again."

@@ -12,7 +12,7 @@ random.
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,35 @@ from moe_hf.inference.schemes import QuantizationScheme
 from moe_hf.kernels import StoredExperts, describe_experts
 from moe_hf.modeling import modeling_moe
 from moe_hf.saving import atomic_folder, refuse_existing, verify_manifest
-from moe_hf.weight_files import WEIGHTS_NAME, CheckpointReader
+from moe_hf.weight_files import WEIGHTS_NAME, CheckpointReader, TensorSpec
 
 
 FACTS_NAME = "low_memory.json"
 FORMAT_VERSION = 1
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """What the folder says of one weight of experts: its matrices (E, O, I), (E, I, O) in the module when `swapped`."""
+
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    swapped: bool
+    scheme: QuantizationScheme | None
+
+    @property
+    def part_specs(self) -> dict[str, TensorSpec]:
+        """What a file must have of it."""
+        experts, *matrix = self.shape
+        parts = {PLAIN: (self.dtype, tuple(matrix))} if self.scheme is None else self.scheme.part_shapes(tuple(matrix))
+        return {part: TensorSpec(dtype, (experts, *shape)) for part, (dtype, shape) in parts.items()}
+
+    @property
+    def shape_in_module(self) -> tuple[int, ...]:
+        """The shape of the parameter."""
+        experts, rows, columns = self.shape
+        return (experts, columns, rows) if self.swapped else self.shape
 
 
 def save_low_memory(
@@ -117,55 +141,72 @@ def load_low_memory(
     folder, device = Path(folder), torch.device(device)
     if resident_per_layer is not None:
         check_residents(resident_per_layer)
-    facts = _facts(folder)
-    model = _empty_model(folder, facts["class"])
+    class_name, weights = _facts(folder)
+    model = _empty_model(folder, class_name)
     reader = CheckpointReader(folder / WEIGHTS_FOLDER)
-    owners = dict(model.named_modules())
-    taken = set()
-    for full, fact in facts["experts"].items():
+    owners, taken = dict(model.named_modules()), set()
+    for full, fact in weights.items():
         owner, _, name = full.rpartition(".")
-        if owner not in owners:
-            raise MoEError(f"{folder} has experts {full!r}, which {facts['class']} does not have: it is damaged.")
-        scheme = fact["scheme"] and QuantizationScheme(**fact["scheme"])
-        parts = (PLAIN,) if scheme is None else scheme.part_shapes(tuple(fact["shape"][1:]))
-        names = tensor_names(full, dict.fromkeys(parts))
+        own = getattr(owners.get(owner), name, None)
+        if not isinstance(own, nn.Parameter) or tuple(own.shape) != fact.shape_in_module:
+            raise MoEError(
+                f"{folder} has experts {full!r} {fact.shape}, which do not fit {class_name}: it is damaged."
+            )
+        names = tensor_names(full, fact.part_specs)
+        for part, spec in fact.part_specs.items():
+            if reader.tensors.get(names[part]) != spec:
+                raise MoEError(f"{reader.folder} has no {names[part]} of {spec.dtype} {spec.shape}: it is damaged.")
+        if fact.scheme is None and resident_per_layer is None:
+            continue  # a tensor like the rest
         taken.update(names.values())
-        _check_parts(reader, names, fact, scheme)
-        dtype, shape = getattr(torch, fact["dtype"]), tuple(fact["shape"])
-        if resident_per_layer is not None:
-            values = None if from_disk else {part: reader.read(tensor) for part, tensor in names.items()}
-            backing = DiskBacking(reader, names) if from_disk else HostBacking(values, device)
-            source = CachedMatrices(backing, scheme, shape, dtype, device, resident_per_layer)
-        elif scheme is None:
-            parameter = nn.Parameter(reader.read(full).to(device), requires_grad=False)
-            owners[owner].register_parameter(name, parameter)
-            continue
+        if resident_per_layer is not None and from_disk:
+            backing = DiskBacking(reader, names)
         else:
-            values = {part: reader.read(tensor).to(device) for part, tensor in names.items()}
-            source = QuantizedMatrices(scheme, values, shape, dtype)
-        set_stored(owners[owner], name, StoredExperts(source, fact["swapped"]))
+            values = {part: reader.read(tensor) for part, tensor in names.items()}
+            backing = None if resident_per_layer is None else HostBacking(values, device)
+        if backing is not None:
+            source = CachedMatrices(backing, fact.scheme, fact.shape, fact.dtype, device, resident_per_layer)
+        else:
+            source = QuantizedMatrices(
+                fact.scheme, {part: value.to(device) for part, value in values.items()}, fact.shape, fact.dtype
+            )
+        set_stored(owners[owner], name, StoredExperts(source, fact.swapped))
     _load_rest(model, reader, taken, device)
     return model.eval()
 
 
-def _facts(folder: Path) -> dict[str, Any]:
+def _facts(folder: Path) -> tuple[str, dict[str, WeightFacts]]:
     verify_manifest(folder, sizes_only=True)
     file = folder / FACTS_NAME
     if not file.is_file():
         raise MoEError(f"{folder} has no {FACTS_NAME}: save_low_memory did not write it. Use from_pretrained.")
-    facts = json.loads(file.read_text(encoding="utf-8"))
-    if facts.get("format_version") != FORMAT_VERSION:
-        raise MoEError(
-            f"{file} has format_version {facts.get('format_version')!r}, this moe_hf reads {FORMAT_VERSION}: update it."
-        )
-    return facts
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        version = facts["format_version"]
+        experts = {name: _weight_facts(fact) for name, fact in facts["experts"].items()}
+        class_name = str(facts["class"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise MoEError(f"{file} is damaged ({error!r}): use another copy of the folder.") from error
+    if version != FORMAT_VERSION:
+        raise MoEError(f"{file} has format_version {version!r}, this moe_hf reads {FORMAT_VERSION}: update it.")
+    return class_name, experts
+
+
+def _weight_facts(fact: dict[str, Any]) -> WeightFacts:
+    shape = tuple(fact["shape"])
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"shape {shape}")
+    if fact["dtype"] not in FLOAT_DTYPES:
+        raise ValueError(f"dtype {fact['dtype']}")
+    scheme = None if fact["scheme"] is None else QuantizationScheme(**fact["scheme"])
+    return WeightFacts(shape, getattr(torch, fact["dtype"]), bool(fact["swapped"]), scheme)
 
 
 def _empty_model(folder: Path, class_name: str) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder)
     owner = modeling_moe if hasattr(modeling_moe, class_name) else transformers
     cls = getattr(owner, class_name, None)
-    if cls is None:
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise MoEError(f"{folder} holds a {class_name}, which neither moe_hf nor transformers has.")
     # Buffers that no file has, such as the frequencies of positions, are computed as they always are.
     with init_empty_weights(include_buffers=False):
@@ -173,17 +214,6 @@ def _empty_model(folder: Path, class_name: str) -> PreTrainedModel:
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
-
-
-def _check_parts(
-    reader: CheckpointReader, names: dict[str, str], fact: dict[str, Any], scheme: QuantizationScheme | None
-) -> None:
-    experts, *matrix = fact["shape"]
-    wanted = {PLAIN: (getattr(torch, fact["dtype"]), tuple(matrix))} if scheme is None else scheme.part_shapes(matrix)
-    for part, name in names.items():
-        spec, (dtype, shape) = reader.tensors.get(name), wanted[part]
-        if spec is None or spec.dtype != dtype or spec.shape != (experts, *shape):
-            raise MoEError(f"{reader.folder} has no {name} of {dtype} {(experts, *shape)}: it is damaged.")
 
 
 def _load_rest(model: PreTrainedModel, reader: CheckpointReader, taken: set[str], device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 
 import pytest
 import torch
@@ -21,12 +22,14 @@ from moe_hf.inference.expert_cache import CachedMatrices, HostBacking
 from moe_hf.inference.footprint import logits_of
 from moe_hf.inference.quantize import expert_modules
 from moe_hf.kernels import StoredExperts, run_in_place_of, stored_experts_forward, stored_maps
+from moe_hf.saving import write_manifest
 from tests.inference.test_quantize import tiny_upcycled
 from tests.kernels.test_grouped_experts import relative_error
 from tests.tiny_models import random_ids, tiny_native_moe
 
 
 BUILDS = {"ours": tiny_upcycled, "mixtral": tiny_native_moe, "gpt_oss": lambda: tiny_native_moe("gpt_oss")}
+BUILDS["tied and biased"] = lambda: tiny_upcycled("gpt2")
 CPU = torch.device("cpu")
 
 
@@ -195,6 +198,21 @@ def test_what_cannot_be_is_refused_and_leaves_the_model_alone(tmp_path):
         load_low_memory(tmp_path / "another")
     with pytest.raises(MoEError, match="low_memory|manifest"):
         load_low_memory(tmp_path / "per_expert_names")
+    save_low_memory(model, tmp_path / "own")
+    facts_file = tmp_path / "own" / "low_memory.json"
+    facts = json.loads(facts_file.read_text())
+    name = next(iter(facts["experts"]))
+    for change, words in {
+        "format_version": (2, "update it"),
+        "class": ("AutoTokenizer", "neither moe_hf nor transformers"),
+        "experts": ({name: facts["experts"][name] | {"shape": [4, 1, 1]}}, "do not fit"),
+        "no experts": (None, "damaged"),
+    }.items():
+        changed = {} if change == "no experts" else facts | {change: words[0]}
+        facts_file.write_text(json.dumps(changed))
+        write_manifest(tmp_path / "own")
+        with pytest.raises(MoEError, match=words[1]):
+            load_low_memory(tmp_path / "own")
     offload_experts(model, 1)
     with pytest.raises(MoEError, match="offloaded already"):
         offload_experts(model, 1)

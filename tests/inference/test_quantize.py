@@ -195,6 +195,8 @@ def test_modules_move_and_change_dtype():
     assert logits_of(model.bfloat16(), ids).dtype == torch.bfloat16
 
 
+# safetensors asks a tensor that has no storage twice.
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 def test_what_cannot_be_is_refused_and_leaves_the_model_alone(tmp_path):
     model, ids = tiny_native_moe(), random_ids(1, 8)
     for arguments in (
