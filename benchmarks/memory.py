@@ -3,12 +3,12 @@
     OMP_NUM_THREADS=1 python -m benchmarks.memory --out DIR
 
 builds a MoE with random weights, and each arm from a copy of it. In a round every arm, in random order, reads a prompt and then
-writes tokens one by one; seconds are CPU time of the process on one thread, kept as quartiles of tokens/s over rounds. Random
-routers spread tokens over all experts, which is the worst for a cache. Reads from the disk meet the operating system's cache.
+takes more tokens one by one; seconds are CPU time of the process on one thread, kept as quartiles of tokens/s over rounds. Tokens are
+random, so that each chooses experts anew: the worst for a cache. Reads from the disk meet the operating system's cache.
 
 Bytes are those of the tensors, `moe_hf.model_bytes`: experts in memory (codes, scales, the cache) and on the disk, and the rest.
-The process itself is measured too, one per arm: the most that was resident while a saved model was loaded and wrote a few
-tokens, less what was before.
+The process itself is measured too, one per arm: the most that was resident while a saved model was loaded and took a few
+tokens, less what was before (Linux).
 
 The error of the logits is that of all experts quantized, and beside it that of the MLPs of a dense model whose copies the
 experts are, their `nn.Linear` quantized in the same way.
@@ -19,7 +19,6 @@ import copy
 import json
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -104,13 +103,12 @@ def write_folders(size: str, folder: Path, schemes: set[str | None]) -> None:
 
 
 @torch.no_grad()
-def run(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """CPU seconds for the prompt, (1, S), and for `new_tokens` more, one by one."""
+def run(model: PreTrainedModel, prompt: torch.Tensor, new: torch.Tensor) -> tuple[float, float]:
+    """CPU seconds for the prompt, (1, S), and for the tokens of `new`, (1, N), one by one."""
     start = time.process_time()
     output = model(input_ids=prompt, use_cache=True)
     middle = time.process_time()
-    for _ in range(new_tokens):
-        token = output.logits[:, -1:].argmax(-1)
+    for token in new.split(1, dim=1):
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
     return middle - start, time.process_time() - middle
 
@@ -122,9 +120,11 @@ def measure_speed(options: argparse.Namespace, folder: Path) -> dict[str, dict]:
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     logits, table = {}, {}
     for number in range(options.rounds + 1):
-        prompt = torch.randint(SIZES[options.size]["vocab_size"], (1, options.prompt), generator=generator)
+        length = options.prompt + options.new_tokens
+        ids = torch.randint(SIZES[options.size]["vocab_size"], (1, length), generator=generator)
+        prompt, new = ids[:, : options.prompt], ids[:, options.prompt :]
         for name in order.sample(list(models), len(models)):
-            used = run(models[name], prompt, options.new_tokens)
+            used = run(models[name], prompt, new)
             if number:  # the first round touches memory for the first time
                 seconds[name].append(used)
             elif ARMS[name][1] is not None:
@@ -169,14 +169,15 @@ def measure_errors(size: str) -> dict[str, dict[str, float]]:
 
 
 def resident_kib() -> int:
-    """The most memory this process has had resident, in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The most memory this program has had resident, in KiB (Linux; `getrusage` would tell that of the parent too)."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if line)
+    return int(fields["VmHWM"].split()[0])
 
 
 def measure_process(name: str, folder: Path) -> float:
     """MiB that loading and running an arm adds to this process."""
     before = resident_kib()
-    run(load_arm(name, folder), torch.arange(1, 17)[None], 4)
+    run(load_arm(name, folder), torch.arange(1, 17)[None], torch.arange(17, 21)[None])
     return (resident_kib() - before) / 1024
 
 
