@@ -29,6 +29,7 @@ from tests.tiny_models import random_ids, tiny_native_moe
 
 
 BUILDS = {"ours": tiny_upcycled, "mixtral": tiny_native_moe, "gpt_oss": lambda: tiny_native_moe("gpt_oss")}
+BUILDS["other kinds beside"] = lambda: tiny_upcycled(extra_experts=["copy", "zero"], num_experts_per_layer=[4, 3, 4])
 BUILDS["tied and biased"] = lambda: tiny_upcycled("gpt2")
 CPU = torch.device("cpu")
 
@@ -143,8 +144,9 @@ def test_a_folder_brings_the_model_back_whole_or_from_the_disk(build, scheme, tm
     assert relative_error(expected, logits_of(model, ids)) <= 1e-6
     assert model_bytes(model).experts == counted
     biases = sum(p.nbytes for m in expert_modules(model).values() for n, p in m.named_parameters() if "bias" in n)
-    # Half of the experts' bytes are in memory, and all are on the disk.
-    assert counted["cpu"] - biases == counted["disk"] / 2
+    # Two experts of each layer are in memory, and all are on the disk.
+    resident = sum(source.backing.nbytes()["disk"] * 2 // source.shape[0] for source in sources(model))
+    assert counted["cpu"] - biases == resident < counted["disk"]
     in_host = load_low_memory(folder, resident_per_layer=1, from_disk=False)
     assert relative_error(expected, logits_of(in_host, ids)) <= 1e-6
     with pytest.raises(MoEError, match="Offloaded experts are not saved"):

@@ -42,9 +42,9 @@ class Block(nn.Module):
         self.layers[0].experts = experts
 
 
-def tiny_upcycled(family: str = "llama") -> MoEForCausalLM:
+def tiny_upcycled(family: str = "llama", **fields) -> MoEForCausalLM:
     """A MoE of ours with random weights, 4 experts, 2 per token."""
-    model = MoEForCausalLM(MoEConfig(text_config=tiny_config(family), num_experts=4, num_experts_per_tok=2))
+    model = MoEForCausalLM(MoEConfig(text_config=tiny_config(family), num_experts=4, num_experts_per_tok=2, **fields))
     randomise_(model)
     return model.eval()
 
