@@ -54,7 +54,9 @@ def main() -> None:
     new = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
     same = torch.equal(small.generate(text, **new), model.generate(text, **new))
     hit_rate = moe_hf.cache_report(small).hit_rate
-    print(f"two experts of each layer, the others on the disk: {mib(small)}; same text: {same}; hit rate {hit_rate:.2f}")
+    print(
+        f"two experts of each layer, the others on the disk: {mib(small)}; same text: {same}; hit rate {hit_rate:.2f}"
+    )
 
     moe_hf.add_expert_lora(model.train(), moe_hf.ExpertLoraConfig(r=4, alpha=8))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
