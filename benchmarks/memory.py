@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.memory --out DIR
 
 builds a MoE with random weights, and each arm from a copy of it. In a round every arm, in random order, reads a prompt and then
-takes more tokens one by one; seconds are CPU time of the process on one thread, kept as quartiles of tokens/s over rounds. Tokens are
-random, so that each chooses experts anew: the worst for a cache. Reads from the disk meet the operating system's cache.
+takes more tokens one by one; seconds are CPU time of the process on one thread, kept as quartiles of tokens/s over rounds.
+Tokens are random, and so are the routers: how often a trained router finds its experts in a cache is another question. Reads
+from the disk meet the operating system's cache.
 
 Bytes are those of the tensors, `moe_hf.model_bytes`: experts in memory (codes, scales, the cache) and on the disk, and the rest.
 The process itself is measured too, one per arm: the most that was resident while a saved model was loaded and took a few
