@@ -137,6 +137,15 @@ def test_the_convolution_expert_can_be_chosen():
     assert torch.isfinite(MoEForCausalLM(config)(random_ids()).logits).all()
 
 
+def test_13_low_memory_writes_the_same_text_in_less_and_adapters_lower_the_loss():
+    output = run("13_low_memory.py")
+    plain, quantized, resident = map(float, re.findall(r"(\S+) MiB", output))
+    assert plain / 4 > quantized > resident
+    assert "same text: True" in output
+    losses = [float(loss) for loss in re.findall(r"step .*: (\S+) nats", output)]
+    assert losses[-1] < losses[0]
+
+
 def test_11_adapters_lower_the_loss_and_peft_and_the_merged_model_agree():
     output = run("11_expert_lora.py")
     losses = [float(loss) for loss in re.findall(r"step .*: (\S+) nats", output)]

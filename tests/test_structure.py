@@ -56,7 +56,7 @@ LAYERS = [
     },
     {"kernels"},
     {"upcycling", "finetuning", "interchange", "inspection", "extraction", "domain_mixture"},
-    {"reporting", "planning"},
+    {"reporting", "planning", "inference"},
     {"training_plan"},
     {"hub", "streaming"},
     {"trainer"},

@@ -14,7 +14,16 @@ from moe_hf.finetuning.lora_config import ExpertLoraConfig
 from moe_hf.finetuning.lora_projection import DoraProjection, LoraProjection
 from moe_hf.finetuning.lora_sharding import ExpertPlacement, is_sharded, local, placement_of, whole
 from moe_hf.finetuning.moe_blocks import experts_in, find_moe_blocks
-from moe_hf.kernels import LinearMap, base_map, describe_experts, grouped_experts, restore, run_in_place_of
+from moe_hf.kernels import (
+    LinearMap,
+    base_map,
+    describe_experts,
+    grouped_experts,
+    refuse_stored,
+    restore,
+    run_in_place_of,
+    stored_experts_forward,
+)
 
 
 CHILD = "lora_adapter"
@@ -155,7 +164,9 @@ def _check(name: str, experts: nn.Module, config: ExpertLoraConfig) -> None:
         )
     if getattr(experts, "widths", None) is not None:
         raise MoEError(f"The experts of {name} differ in width: an adapter would fill the neurons they do not have.")
-    if hasattr(experts, "_experts_function") or hasattr(experts, CHILD):
+    # Quantized or offloaded experts are a frozen base like any other.
+    function = vars(experts).get("_experts_function", stored_experts_forward)
+    if function is not stored_experts_forward or hasattr(experts, CHILD):
         raise MoEError(
             f"The experts of {name} have adapters or parameters of their own already. Merge or remove these first "
             "(merge_expert_lora, remove_expert_lora, merge_selected_experts)."
@@ -199,9 +210,12 @@ def merge_expert_lora(model: nn.Module, *, unload: bool = False) -> nn.Module:
         the same model.
 
     Raises:
-        MoEError: the model has no adapters, they are merged already, or its experts are sharded.
+        MoEError: the model has no adapters, they are merged already, or its experts are sharded, quantized or offloaded.
     """
-    for experts, adapter in _adapted(model, merged=False):
+    adapted = _adapted(model, merged=False)
+    for name, block in find_moe_blocks(model).items():
+        refuse_stored(name, block.experts)
+    for experts, adapter in adapted:
         description = describe_experts(experts)
         for name in adapter.targets:
             stacked = getattr(experts, name)

@@ -25,6 +25,7 @@ from moe_hf.kernels import (
     base_map,
     describe_experts,
     grouped_experts,
+    refuse_stored,
     restore,
     run_in_place_of,
 )
@@ -146,6 +147,7 @@ def _check(name: str, experts: nn.Module) -> None:
     stacked = stacked_parameters(experts)
     if not hasattr(type(experts).forward, "__wrapped__"):
         raise MoEError(f"The experts of {name} ({type(experts).__name__}) mix the weights of all: none can be chosen.")
+    refuse_stored(name, experts)
     if "_experts_function" in vars(experts) and not isinstance(experts, SelectedExpertsMixin):
         raise MoEError(f"The experts of {name} have adapters. Merge or remove these before experts are chosen.")
     if any(isinstance(parameter, DTensor) for parameter in experts.parameters()):

@@ -25,16 +25,20 @@ is one (E, O) tensor, e.g. `base.bias.index_copy(0, ids, chosen_bias)`.
 `run_in_place_of(experts, function)` makes the module run `function(experts, hidden_states, top_k_index, top_k_weights)`,
 under expert parallelism too, and `restore(experts)` undoes it.
 
+Where the numbers are not one tensor (quantized, offloaded), a `StoredExperts` stands in the module for the weight: its
+`MatrixSource` gives one expert's matrix at a time, and all of the above runs over it as over any frozen weight.
+
 Backward keeps (T, D) inputs and (R, 2F) outputs of the first map, and computes the activation again. Sums over rows are in
 a fixed order: runs are the same bit by bit on a CPU. All floating-point dtypes; float64 for checks.
 """
 
 from moe_hf.kernels.description import ExpertsDescription, describe_experts
-from moe_hf.kernels.dispatch import restore, run_in_place_of
-from moe_hf.kernels.experts import LinearMap, base_map, grouped_experts
+from moe_hf.kernels.dispatch import is_replaced, restore, run_in_place_of
+from moe_hf.kernels.experts import LinearMap, base_map, grouped_experts, stored_experts_forward
 from moe_hf.kernels.matmul import rows_outer_experts, rows_times_experts
 from moe_hf.kernels.projections import ChosenProjection, Projection, Tensors
 from moe_hf.kernels.rows import ExpertRows, sort_rows
+from moe_hf.kernels.stored import MatrixSource, StoredExperts, has_stored, refuse_stored, stored_maps
 
 
 __all__ = [
@@ -42,14 +46,21 @@ __all__ = [
     "ExpertRows",
     "ExpertsDescription",
     "LinearMap",
+    "MatrixSource",
     "Projection",
+    "StoredExperts",
     "Tensors",
     "base_map",
     "describe_experts",
     "grouped_experts",
+    "has_stored",
+    "is_replaced",
+    "refuse_stored",
     "restore",
     "rows_outer_experts",
     "rows_times_experts",
     "run_in_place_of",
     "sort_rows",
+    "stored_experts_forward",
+    "stored_maps",
 ]

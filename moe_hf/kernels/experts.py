@@ -78,6 +78,15 @@ def grouped_experts(
     return output.to(hidden_states.dtype)
 
 
+# Sizes of groups depend on the data, and matrices are made on the way: one break of a compiled graph per layer.
+@torch.compiler.disable
+def stored_experts_forward(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """(T, D), (T, K), (T, K) -> (T, D): the experts, one after the other."""
+    return grouped_experts(experts, hidden_states, top_k_index, top_k_weights)
+
+
 def _composed_experts(
     description: ExpertsDescription,
     rows: ExpertRows,

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from moe_hf.kernels.rows import ExpertRows
+from moe_hf.kernels.stored import StoredExperts
 
 
 GROUPED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -43,6 +44,9 @@ def rows_times_experts(
         return out.add_(product) if accumulate else out.copy_(product)
     output = weight.new_empty(x.shape[0], weight.shape[1]) if out is None else out
     slices = rows.slices()
+    if isinstance(weight, StoredExperts):
+        at_hand = set(weight.source.at_hand())
+        slices.sort(key=lambda part: part[0] not in at_hand)
     # One piece of memory for all experts: new memory costs more than a small product.
     scratch = None
     if output.dtype != weight.dtype and slices:
@@ -93,6 +97,8 @@ def _aligned(tensor: torch.Tensor) -> bool:
 
 
 def _has_grouped_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if isinstance(weight, StoredExperts):
+        return False
     if x.device.type not in ("cpu", "cuda") or x.dtype not in GROUPED_DTYPES:
         return False
     if x.dtype != weight.dtype or not x.shape[0]:

@@ -20,6 +20,7 @@ from moe_hf.finetuning.lora_files import LORA_NAME, save_expert_lora
 from moe_hf.finetuning.lora_sharding import is_sharded as experts_are_sharded
 from moe_hf.finetuning.scopes import ScopeReport, apply_scope, report_scope, scope_parameter_names
 from moe_hf.hub import push_model
+from moe_hf.kernels import has_stored
 from moe_hf.reporting.card import model_card
 from moe_hf.reporting.card_facts import this_hardware, training_facts
 from moe_hf.trainer.arguments import MoETrainingArguments
@@ -132,10 +133,12 @@ class MoETrainer(StepTrainer, ResumableTrainer):
             has_adapters, in_parts = bool(lora_adapters(self._unwrapped())), is_sharded(self.model)
             if has_adapters:
                 self._save_lora(folder)
-            # Adapters of experts that are spread over processes are merged on a whole model, later.
+            model = self._unwrapped()
+            # Adapters of experts that are spread over processes, or quantized, are merged on a whole model, later.
+            merges_later = has_adapters and (experts_are_sharded(model) or has_stored(model))
             if in_parts and not has_adapters:
                 self._save_gathered(folder)
-            elif not in_parts and not (has_adapters and experts_are_sharded(self._unwrapped())):
+            elif not in_parts and not merges_later:
                 with self._adapters_merged():
                     super().save_model(str(folder), _internal_call=True)
             if self.args.should_save:
