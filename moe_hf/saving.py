@@ -7,14 +7,15 @@ each file) that is written last, and then renamed in one step.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from moe_hf.checksums import SHA256, SHA256_OF_PARTS, file_checksum, has_checksum, safetensors_header
 from moe_hf.errors import MoEError
+from moe_hf.modeling.index_names import refuse_outside
 
 
 MANIFEST_NAME = "moe_hf_manifest.json"
@@ -125,13 +126,16 @@ def write_manifest(folder: str | os.PathLike, known: Mapping[str, Mapping[str, s
     return manifest
 
 
-def verify_manifest(folder: str | os.PathLike, *, sizes_only: bool = False) -> None:
+def verify_manifest(
+    folder: str | os.PathLike, *, sizes_only: bool = False, may_be_missing: Collection[str] = ()
+) -> None:
     """Check that each file of a folder is as its manifest says; files that are not listed are not looked at.
 
     Args:
         folder (`str` or `os.PathLike`): a folder written by `atomic_folder` or `write_manifest`.
         sizes_only (`bool`, *optional*, defaults to `False`): compare sizes and do not read the files; finds missing
             and truncated files, not changed bytes.
+        may_be_missing (`Collection[str]`): names of files that were left out on purpose.
 
     Raises:
         `MoEError`: there is no manifest, or it cannot be read; else names the first file that is missing, truncated or
@@ -145,10 +149,12 @@ def verify_manifest(folder: str | os.PathLike, *, sizes_only: bool = False) -> N
     if not isinstance(files, dict):
         raise MoEError(f"{manifest} has no table 'files': it is damaged; use another copy of the folder.")
     for name, fact in files.items():
-        _refuse_outside(name, manifest)
+        refuse_outside(name, manifest)
         if not isinstance(fact, dict) or "size" not in fact or not {SHA256, SHA256_OF_PARTS} & fact.keys():
             raise MoEError(f"{manifest} lacks the size or the sha256 of {name!r}: it is damaged.")
         file = folder / name
+        if name in may_be_missing and not file.exists():
+            continue
         if not file.is_file():
             raise MoEError(f"{file} is missing: the manifest of its folder lists it. Use another copy of the folder.")
         size = file.stat().st_size
@@ -194,7 +200,7 @@ def _check_index(index: Path) -> None:
         )
     tensors_of: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
-        _refuse_outside(shard, index)
+        refuse_outside(shard, index)
         tensors_of.setdefault(shard, set()).add(tensor)
     for shard, tensors in sorted(tensors_of.items()):
         file = index.parent / shard
@@ -206,14 +212,6 @@ def _check_index(index: Path) -> None:
                 raise MoEError(
                     f"{file} lacks {absent[0]!r} and {len(absent) - 1} others that {index.name} puts there."
                 )
-
-
-def _refuse_outside(name: Any, source: Path) -> None:
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise MoEError(f"{source} names {name!r} where a file name is expected.")
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise MoEError(f"{source} names {name!r}, which is outside of its folder: it was not loaded.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
