@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning import SCOPES, find_moe_blocks, scope_parameter_names
+from moe_hf.modeling.index_names import check_kernel_names
 from moe_hf.modeling.segment_merge import SEGMENT_LENGTH
 
 
@@ -139,6 +140,7 @@ def load_config(path: str) -> PreTrainedConfig:
         path = str(folder)
         if not (folder / "config.json").is_file():
             raise MoEError(f"{path} has no config.json; give a folder that save_pretrained wrote.")
+        check_kernel_names(folder)
     elif folder.exists() or path.startswith((".", "/", "~")):
         raise MoEError(f"{path} is not a folder; give a folder that save_pretrained wrote, or a Hub id.")
     try:

@@ -158,6 +158,6 @@ def parse_assignments(option: str, assignments: list[str] | None) -> dict[str, A
             raise MoEError(f"{option} takes FIELD=VALUE, and got {assignment!r}.")
         try:
             fields[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise MoEError(f"{option} {name}: {value!r} cannot be read as a value: {error}") from error
     return fields

@@ -58,12 +58,15 @@ def commit_files(
                 where = {"create_pr": True} if create_pr else {"revision": revision, "parent_commit": parent}
                 info = api.create_commit(repo_id, [*operations, *stale], **description, **where)
             break
-        except (httpx2.HTTPError, RuntimeError, OSError) as error:
+        except httpx2.HTTPError as error:
             status = status_of(error)
             is_final = status is not None and status < 500 and status not in _PASSING
             if is_final or attempt == ATTEMPTS:
                 raise explained(api, repo_id, error) from error
             time.sleep(_wait_before_next(error, attempt))
+        except (RuntimeError, OSError) as error:
+            # Of uploads, which the client has repeated already.
+            raise explained(api, repo_id, error) from error
         except ValueError as error:
             raise MoEError(f"The Hub refuses what was to be pushed to {repo_id}: {error}") from error
     check_arrived(api, repo_id, info.oid, operations)

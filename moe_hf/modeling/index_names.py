@@ -1,4 +1,4 @@
-"""Names of weight files in an index: transformers follows one that leads out of the folder, and we do not."""
+"""What the files of a local checkpoint name, and transformers would follow: weights elsewhere, and kernels of the Hub."""
 
 import json
 import os
@@ -41,3 +41,25 @@ def check_index_names(folder: str | os.PathLike) -> None:
             raise MoEError(f"{index} cannot be read as an index of weights: {type(error).__name__}.") from error
         for name in names:
             refuse_outside(name, index)
+
+
+def check_kernel_names(folder: str | os.PathLike) -> None:
+    """Refuse a local configuration that names a kernel of the Hub, which transformers would fetch and run.
+
+    Whoever loads a model may ask for one, with `attn_implementation=...`; a file may not.
+
+    Raises:
+        `MoEError`: with the field. What cannot be read is left to the reader of configurations.
+    """
+    try:
+        content = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return
+    text_config = content.get("text_config") if isinstance(content, dict) else None
+    for config in (content, text_config):
+        for name, value in config.items() if isinstance(config, dict) else ():
+            if "_implementation" in name and isinstance(value, str) and "/" in value:
+                raise MoEError(
+                    f"{folder}: {name} is {value!r}, code from the Hub, and a checkpoint may not name that. Remove the "
+                    "field; to use the kernel, pass its name to from_pretrained."
+                )

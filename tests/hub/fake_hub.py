@@ -123,6 +123,8 @@ class FakeHub:
         self.xet_store = xet_store
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
+        # Those that an upload may leave out, as they are there.
+        self.known: set[str] = set()
         self.requests: list[tuple[str, str]] = []
         self.uploaded_bytes = 0
         self.parts: dict[tuple[str, int], bytes] = {}
@@ -418,7 +420,7 @@ class _Handler(BaseHTTPRequestHandler):
                     "header": {"chunk_size": str(PART_BYTES)} | urls,
                 }
             actions = {"upload": upload, "verify": {"href": f"{self.hub.url}/_verify"}}
-            there = {} if oid in self.hub.blobs else {"actions": actions}
+            there = {} if oid in self.hub.known else {"actions": actions}
             objects.append({"oid": oid, "size": asked["size"]} | there)
         return 200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"}
 
@@ -440,6 +442,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(400, "sha256 does not match")
         with self.hub.lock:
             self.hub.blobs[sha256] = content
+            self.hub.known.add(sha256)
             self.hub.uploaded_bytes += received
         return 200, b"", {"ETag": f'"{sha256}"'}
 
