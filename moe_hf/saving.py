@@ -145,7 +145,7 @@ def verify_manifest(
     manifest = folder / MANIFEST_NAME
     if not manifest.is_file():
         raise MoEError(f"{folder} has no {MANIFEST_NAME}: it was not written whole by moe_hf.")
-    files = _read_json(manifest).get("files")
+    files = read_json_object(manifest).get("files")
     if not isinstance(files, dict):
         raise MoEError(f"{manifest} has no table 'files': it is damaged; use another copy of the folder.")
     for name, fact in files.items():
@@ -193,7 +193,7 @@ def check_shard_index(folder: str | os.PathLike) -> None:
 
 
 def _check_index(index: Path) -> None:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MoEError(
             f"{index} has no entry in 'weight_map': it names no weights. Use another copy of the checkpoint."
@@ -214,7 +214,12 @@ def _check_index(index: Path) -> None:
                 )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        `MoEError`: no JSON, or something else than an object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -10,12 +10,14 @@ from moe_hf.checksums import safetensors_header
 from moe_hf.errors import MoEError
 from moe_hf.inspection import load_config
 from moe_hf.modeling.configuration_moe import MoEConfig
+from moe_hf.modeling.extra_experts import EXTRA_EXPERTS
 from moe_hf.modeling.modeling_moe import (
     MoEForCausalLM,
     MoEForSequenceClassification,
     MoEForTokenClassification,
     MoEModel,
 )
+from moe_hf.modeling.routers import ROUTERS
 from moe_hf.saving import check_shard_index
 from moe_hf.weight_files import DTYPES, CheckpointReader, TensorSpec
 
@@ -62,7 +64,7 @@ def _is_finite(stream, size: int, dtype: torch.dtype) -> bool:
 def check_structure(folder: str | os.PathLike) -> None:
     """Check a checkpoint folder before memory is taken for it: its index, its headers, and names, shapes and dtypes.
 
-    Names and shapes are compared for our models, whose files hold the tensors as they are in memory; transformers converts
+    Names and shapes are compared for our models (routers and experts of one's own must be registered for that), whose files hold the tensors as they are in memory; transformers converts
     those of many other families while it loads, and compares them itself.
 
     Raises:
@@ -77,6 +79,9 @@ def check_structure(folder: str | os.PathLike) -> None:
     with CheckpointReader(folder) as reader:
         tensors = reader.tensors
     _refuse_more_than_there_is(folder, config, tensors)
+    if config.router_type not in ROUTERS or set(config.extra_experts) - EXTRA_EXPERTS.keys():
+        # What its parameters are only code that came along could tell, which is not run.
+        return
     expected = _empty_model(folder, config).state_dict(keep_vars=True)
     groups: dict[int, list[str]] = {}
     for name, tensor in expected.items():

@@ -23,7 +23,7 @@ from moe_hf.hub.transfer import commit_files
 from moe_hf.inspection import on_meta
 from moe_hf.interchange import export_native
 from moe_hf.reporting.card import METADATA_FACTS, hub_id, model_card
-from moe_hf.saving import MANIFEST_NAME, verify_manifest
+from moe_hf.saving import MANIFEST_NAME, read_json_object, verify_manifest
 from moe_hf.weight_checks import check_structure
 
 
@@ -189,7 +189,7 @@ def _base_of(folder: Path, kind: str) -> str | None:
     if kind == "expert deltas":
         return _deltas_facts(folder / DELTAS_NAME).get("base_model")
     if kind == "adapters of PEFT":
-        return _json_object(folder / PEFT_CONFIG).get("base_model_name_or_path")
+        return read_json_object(folder / PEFT_CONFIG).get("base_model_name_or_path")
     return None
 
 
@@ -211,7 +211,7 @@ def _without_local_paths(files: Mapping[str, Path], work: Path) -> dict[str, Pat
 
 
 def _shorten_base_of_peft(config_file: Path) -> None:
-    config = _json_object(config_file)
+    config = read_json_object(config_file)
     base = config.get("base_model_name_or_path")
     if base and hub_id(base) is None:
         config["base_model_name_or_path"] = Path(base).name
@@ -244,13 +244,3 @@ def _deltas_facts(file: Path) -> dict[str, Any]:
         return facts if isinstance(facts, dict) else {}
     except (TypeError, KeyError, ValueError) as error:
         raise MoEError(f"{file} is no file of expert deltas; make one with save_expert_deltas.") from error
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise MoEError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise MoEError(f"{path} holds a JSON {type(content).__name__}, an object is expected.")
-    return content

@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moe_hf import MoEError
+from moe_hf import MoEConfig, MoEError, MoEForSequenceClassification, MoEModel
 from moe_hf.cli.app import load_model
 from moe_hf.saving import verify_manifest, write_manifest
 from moe_hf.weight_checks import check_finite_weights, check_structure
 from tests.reliability.folders import INDEX, changed_json, changed_tensors, first_shard, with_header
+from tests.tiny_models import tiny_config
 
 
 def _point_to(name):
@@ -174,3 +175,19 @@ def test_two_shards_with_one_tensor_use_the_one_of_the_index(copy):
     moved = next(name for name, shard in weight_map.items() if shard == other)
     changed_tensors(copy, lambda tensors: tensors.update({moved: torch.zeros(1)}))
     check_structure(copy)
+
+
+def test_a_router_of_ones_own_that_is_not_registered_is_no_damage(copy):
+    changed_json(copy / "config.json", lambda config: config.update(router_type="somebodys_own", router_kwargs={}))
+    check_structure(copy)
+    first_shard(copy).unlink()
+    with pytest.raises(MoEError, match="is missing"):
+        check_structure(copy)
+
+
+def test_classifiers_and_bare_decoders_fit_their_configurations_too(tmp_path):
+    fields = {"text_config": tiny_config("llama", num_hidden_layers=1, num_labels=3), "num_experts": 4}
+    for model in (MoEForSequenceClassification, MoEModel):
+        folder = tmp_path / model.__name__
+        model(MoEConfig(**fields)).save_pretrained(folder)
+        check_structure(folder)
