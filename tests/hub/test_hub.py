@@ -118,7 +118,7 @@ def test_push_carries_shards_code_tokenizer_and_card_and_no_pickle(ours, hub):
     assert sum(name.endswith(".safetensors") for name in files) > 1
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl")) or name == "moe_hf_manifest.json"]
     config = json.loads(files["config.json"])
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert set(config["auto_map"]) >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 
 
 def test_the_tokenizer_beside_the_source_is_pushed_along(loaded):
