@@ -150,7 +150,8 @@ def verify_manifest(
         raise MoEError(f"{manifest} has no table 'files': it is damaged; use another copy of the folder.")
     for name, fact in files.items():
         refuse_outside(name, manifest)
-        if not isinstance(fact, dict) or "size" not in fact or not {SHA256, SHA256_OF_PARTS} & fact.keys():
+        is_fact = isinstance(fact, dict) and type(fact.get("size")) is int
+        if not is_fact or not {SHA256, SHA256_OF_PARTS} & fact.keys():
             raise MoEError(f"{manifest} lacks the size or the sha256 of {name!r}: it is damaged.")
         file = folder / name
         if name in may_be_missing and not file.exists():

@@ -18,11 +18,18 @@ def refuse_outside(name: Any, source: str | os.PathLike) -> None:
     Raises:
         `MoEError`: an absolute path, `..`, a drive, a NUL, an empty name, or something else than text.
     """
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise MoEError(f"{source} names {name!r} where a file name is expected.")
+    if not _can_be_a_name(name):
+        raise MoEError(f"{source} names {ascii(name)[:200]} where a file name is expected.")
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
         raise MoEError(f"{source} names {name!r}, which is outside of its folder: it was not loaded.")
+
+
+def _can_be_a_name(name: Any) -> bool:
+    """Whether a file system could have it: text without NUL and lone surrogates, no part of more than 255 bytes."""
+    if not isinstance(name, str) or not name or "\0" in name or any("\ud800" <= c <= "\udfff" for c in name):
+        return False
+    return len(name) < 4096 and all(len(part.encode()) <= 255 for part in name.split("/"))
 
 
 def check_index_names(folder: str | os.PathLike) -> None:

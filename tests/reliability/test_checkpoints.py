@@ -191,3 +191,18 @@ def test_classifiers_and_bare_decoders_fit_their_configurations_too(tmp_path):
         folder = tmp_path / model.__name__
         model(MoEConfig(**fields)).save_pretrained(folder)
         check_structure(folder)
+
+
+@pytest.mark.parametrize("fact", [{"size": None, "sha256": "0"}, {"size": "1", "sha256": "0"}, {"size": 1}, 7])
+def test_a_manifest_with_facts_that_are_none_is_damaged(copy, fact):
+    manifest = write_manifest(copy)
+    changed_json(manifest, lambda content: content["files"].update({"config.json": fact}))
+    with pytest.raises(MoEError, match="it is damaged"):
+        verify_manifest(copy)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "\ud800", "y/" * 3000])
+def test_a_name_that_no_file_can_have_is_refused(copy, name):
+    _point_to(name)(copy)
+    with pytest.raises(MoEError, match="a file name is expected"):
+        check_structure(copy)
