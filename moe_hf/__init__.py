@@ -56,6 +56,8 @@ _MODULES = {
     "plan_training": "moe_hf.training_plan",
     "plan_upcycling": "moe_hf.planning",
     "probe_routing": "moe_hf.upcycling",
+    "pull_folder": "moe_hf.hub",
+    "push_folder": "moe_hf.hub",
     "quantize_experts": "moe_hf.inference",
     "register_expert": "moe_hf.modeling.extra_experts",
     "register_router": "moe_hf.modeling.routers",

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning import SCOPES, find_moe_blocks, scope_parameter_names
+from moe_hf.modeling.index_names import check_kernel_names
 from moe_hf.modeling.segment_merge import SEGMENT_LENGTH
 
 
@@ -99,7 +101,7 @@ def inspect_model(model: PreTrainedModel | str | Path) -> ModelFacts:
     if isinstance(model, PreTrainedModel):
         name = model.name_or_path or type(model).__name__
     else:
-        model = _on_meta(name)
+        model = on_meta(name)
     parts = _parameter_parts(model)
     sizes = {parameter: tensor.numel() for parameter, tensor in model.named_parameters()}
     per_part = {PART_LABELS[part]: sum(sizes[p] for p in names) for part, names in parts.items() if names}
@@ -138,17 +140,24 @@ def load_config(path: str) -> PreTrainedConfig:
         path = str(folder)
         if not (folder / "config.json").is_file():
             raise MoEError(f"{path} has no config.json; give a folder that save_pretrained wrote.")
+        check_kernel_names(folder)
     elif folder.exists() or path.startswith((".", "/", "~")):
         raise MoEError(f"{path} is not a folder; give a folder that save_pretrained wrote, or a Hub id.")
     try:
         return AutoConfig.from_pretrained(path)
     except MoEError:
         raise
-    except (OSError, ValueError, KeyError) as error:
-        raise MoEError(f"The configuration of {path} cannot be read: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MoEError(f"The configuration of {path} cannot be read: {reason}") from error
 
 
-def _on_meta(path: str) -> PreTrainedModel:
+def on_meta(path: str) -> PreTrainedModel:
+    """The causal language model of a folder or a Hub id without its numbers: modules and shapes, on the meta device.
+
+    Raises:
+        MoEError: see [`load_config`]; or something else than a causal language model.
+    """
     config = load_config(path)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise MoEError(f"{path} is a {config.model_type} model, which is no causal language model of transformers.")

@@ -7,14 +7,15 @@ each file) that is written last, and then renamed in one step.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from moe_hf.checksums import SHA256, SHA256_OF_PARTS, file_checksum, has_checksum, safetensors_header
 from moe_hf.errors import MoEError
+from moe_hf.modeling.index_names import refuse_outside
 
 
 MANIFEST_NAME = "moe_hf_manifest.json"
@@ -125,13 +126,16 @@ def write_manifest(folder: str | os.PathLike, known: Mapping[str, Mapping[str, s
     return manifest
 
 
-def verify_manifest(folder: str | os.PathLike, *, sizes_only: bool = False) -> None:
+def verify_manifest(
+    folder: str | os.PathLike, *, sizes_only: bool = False, may_be_missing: Collection[str] = ()
+) -> None:
     """Check that each file of a folder is as its manifest says; files that are not listed are not looked at.
 
     Args:
         folder (`str` or `os.PathLike`): a folder written by `atomic_folder` or `write_manifest`.
         sizes_only (`bool`, *optional*, defaults to `False`): compare sizes and do not read the files; finds missing
             and truncated files, not changed bytes.
+        may_be_missing (`Collection[str]`): names of files that were left out on purpose.
 
     Raises:
         `MoEError`: there is no manifest, or it cannot be read; else names the first file that is missing, truncated or
@@ -141,14 +145,17 @@ def verify_manifest(folder: str | os.PathLike, *, sizes_only: bool = False) -> N
     manifest = folder / MANIFEST_NAME
     if not manifest.is_file():
         raise MoEError(f"{folder} has no {MANIFEST_NAME}: it was not written whole by moe_hf.")
-    files = _read_json(manifest).get("files")
+    files = read_json_object(manifest).get("files")
     if not isinstance(files, dict):
         raise MoEError(f"{manifest} has no table 'files': it is damaged; use another copy of the folder.")
     for name, fact in files.items():
-        _refuse_outside(name, manifest)
-        if not isinstance(fact, dict) or "size" not in fact or not {SHA256, SHA256_OF_PARTS} & fact.keys():
+        refuse_outside(name, manifest)
+        is_fact = isinstance(fact, dict) and type(fact.get("size")) is int
+        if not is_fact or not {SHA256, SHA256_OF_PARTS} & fact.keys():
             raise MoEError(f"{manifest} lacks the size or the sha256 of {name!r}: it is damaged.")
         file = folder / name
+        if name in may_be_missing and not file.exists():
+            continue
         if not file.is_file():
             raise MoEError(f"{file} is missing: the manifest of its folder lists it. Use another copy of the folder.")
         size = file.stat().st_size
@@ -187,14 +194,14 @@ def check_shard_index(folder: str | os.PathLike) -> None:
 
 
 def _check_index(index: Path) -> None:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MoEError(
             f"{index} has no entry in 'weight_map': it names no weights. Use another copy of the checkpoint."
         )
     tensors_of: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
-        _refuse_outside(shard, index)
+        refuse_outside(shard, index)
         tensors_of.setdefault(shard, set()).add(tensor)
     for shard, tensors in sorted(tensors_of.items()):
         file = index.parent / shard
@@ -208,15 +215,12 @@ def _check_index(index: Path) -> None:
                 )
 
 
-def _refuse_outside(name: Any, source: Path) -> None:
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise MoEError(f"{source} names {name!r} where a file name is expected.")
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise MoEError(f"{source} names {name!r}, which is outside of its folder: it was not loaded.")
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
 
-
-def _read_json(path: Path) -> dict[str, Any]:
+    Raises:
+        `MoEError`: no JSON, or something else than an object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

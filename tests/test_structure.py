@@ -21,7 +21,7 @@ PROGRAMS = [path for name in ("training", "examples", "benchmarks") for path in 
 TRAVELLING = [path for path in sorted((PACKAGE / "modeling").glob("*.py")) if path.name != "__init__.py"]
 MODELING_ORDER = [
     "config_checks",
-    ("routing_ids", "presets"),
+    ("routing_ids", "presets", "index_names"),
     "configuration_moe",
     ("routing", "dense_mlp", "routing_cache"),
     "dense_classes",
@@ -55,7 +55,7 @@ LAYERS = [
         "answers",
     },
     {"kernels"},
-    {"upcycling", "finetuning", "interchange", "inspection", "extraction", "domain_mixture"},
+    {"upcycling", "finetuning", "interchange", "inspection", "extraction", "domain_mixture", "weight_checks"},
     {"reporting", "planning", "inference"},
     {"training_plan"},
     {"hub", "streaming"},

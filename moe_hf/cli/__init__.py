@@ -1,9 +1,9 @@
-"""The command `moe-hf`: upcycle a checkpoint, verify it, look into it, operate on its experts, take it elsewhere.
+"""The command `moe-hf`: upcycle a checkpoint, verify it, look into it, operate on its experts, share it.
 
 Torch and transformers are imported inside the commands, so that help and mistakes in the arguments answer at once.
 """
 
-from moe_hf.cli import card, experts, export, inspect, plan, report, surgery, upcycle, verify
+from moe_hf.cli import card, experts, export, hub, inspect, plan, report, surgery, upcycle, verify
 from moe_hf.cli.app import app, main
 
 
@@ -27,5 +27,7 @@ for _name, _command in (
     ("score-experts", experts.score_experts),
     ("select-experts", experts.select_experts),
     ("merge-deltas", experts.merge_deltas),
+    ("push", hub.push),
+    ("pull", hub.pull),
 ):
     app.command(_name)(_command)

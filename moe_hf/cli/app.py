@@ -91,13 +91,13 @@ def refuse_existing(destination: Path) -> None:
 
 
 def load_model(path: str, dtype: str = "auto") -> "PreTrainedModel":
-    """A causal language model from a folder or the Hub; the index of a local folder is checked first."""
+    """A causal language model from a folder or the Hub; the files of a local folder are checked first."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from moe_hf.errors import MoEError
     from moe_hf.inspection import load_config
-    from moe_hf.saving import check_shard_index
+    from moe_hf.weight_checks import check_structure
 
     if dtype not in DTYPES:
         raise MoEError(f"dtype is {dtype!r}; it must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
@@ -105,7 +105,7 @@ def load_model(path: str, dtype: str = "auto") -> "PreTrainedModel":
     folder = Path(path).expanduser()
     if folder.is_dir():
         path = str(folder)
-        check_shard_index(folder)
+        check_structure(folder)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
 
 
@@ -158,6 +158,6 @@ def parse_assignments(option: str, assignments: list[str] | None) -> dict[str, A
             raise MoEError(f"{option} takes FIELD=VALUE, and got {assignment!r}.")
         try:
             fields[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise MoEError(f"{option} {name}: {value!r} cannot be read as a value: {error}") from error
     return fields

@@ -33,15 +33,16 @@ def verify(
 
 
 def _folder_or_model(path: str) -> "Path | PreTrainedModel":
-    """A local folder as it is, which is then run layer by layer; anything else loaded."""
+    """A local folder as it is, checked, which is then run layer by layer; anything else loaded."""
     from moe_hf.inspection import load_config
-    from moe_hf.saving import check_shard_index
+    from moe_hf.weight_checks import check_finite_weights, check_structure
 
     folder = Path(path).expanduser()
     if not any(folder.glob("*.safetensors")):
         return load_model(path)
     load_config(path)
-    check_shard_index(folder)
+    check_structure(folder)
+    check_finite_weights(folder)
     return folder
 
 

@@ -49,6 +49,11 @@ def raise_moe_errors(init):
         except StrictDataclassError as error:
             cause = error.__cause__
             raise (cause if isinstance(cause, MoEError) else MoEError(str(error))) from error
+        except MoEError:
+            raise
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+            # transformers reads some fields before it checks their types.
+            raise MoEError(f"A field has the wrong type or value: {type(error).__name__}: {error}.") from error
 
     return wrapper
 

@@ -7,6 +7,7 @@ Letters: B batch, S sequence, T = B * S tokens, E experts, V vocabulary.
 """
 
 import inspect
+import os
 from functools import wraps
 
 import torch
@@ -31,6 +32,7 @@ from .custom_code import CUSTOM_CODE  # noqa: F401 - importing it registers them
 from .dense_classes import LABEL_FIELDS, check_activation, classifier_class, decoder_class
 from .dense_mlp import activation_of, check_one_expert_reproduces, find_mlp_sites, holder_of
 from .dynamic_class import Combined, combine, put_block
+from .index_names import check_index_names, check_kernel_names
 from .losses import loss_coefficients, reward_predictions
 from .mixed_predictions import mix_predictions
 from .moe_block import MoEBlock, rows_are_aligned
@@ -158,6 +160,15 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
             return gradient_checkpointing_func(function, *args, **kwargs)
 
         super()._set_gradient_checkpointing(enable, checkpointed, every_n_layers)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; files that name weights outside of their folder or kernels of the Hub are refused."""
+        if pretrained_model_name_or_path is not None:
+            folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            check_index_names(folder)
+            check_kernel_names(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the code that defines the model goes along, for all Auto classes."""

@@ -317,7 +317,8 @@ def read_recipe(name: str, types: dict[str, Any]) -> dict[str, Any]:
     path = find_recipe(name)
     try:
         recipe = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        # PyYAML lets pass what Python says of a date or a number that cannot be.
         raise MoEError(f"The recipe {str(path)!r} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise MoEError(f"The recipe {str(path)!r} is not a map of keys and values.")

@@ -1,39 +1,27 @@
-"""Save a model as one folder that is whole or absent, and share it on the Hub in one commit.
+"""Save a model in memory as one folder that is whole or absent, and push it to the Hub.
 
-Either way the model takes its code, its tokenizer and a card along; pickles and training state stay behind.
+Either way the model takes its code, its tokenizer and a card along.
 """
 
 import json
 import os
 import tempfile
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import httpx2
-import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
+from moe_hf.hub.account import final_card, open_repository, preflight_account
+from moe_hf.hub.contents import files_to_push, refuse_secrets
+from moe_hf.hub.transfer import commit_files
 from moe_hf.reporting.card import hub_id, model_card
-from moe_hf.saving import MANIFEST_NAME, atomic_folder
+from moe_hf.saving import atomic_folder
 
 
 logger = logging.get_logger(__name__)
-
-# Pickles can run code where they are loaded; the rest is training state, secrets, or true of one folder only.
-NEVER_PUSHED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.pyc", ".env*", ".*.tmp-*", MANIFEST_NAME)
-_LOGIN_HINT = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
-_ATTEMPTS = 2
 
 
 def save_model(
@@ -111,7 +99,7 @@ def push_model(
             card, or a transfer that failed.
     """
     api = HfApi(token=token)
-    repo_id = _preflight_account(api, repo_id)
+    repo_id = preflight_account(api, repo_id)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         check_vocabulary(model, tokenizer)
     elif tokenizer is not False:
@@ -119,15 +107,17 @@ def push_model(
     tokenizer = tokenizer or None
     # Before the repository is made, so that a bad fact leaves no empty one behind.
     card = model_card(model, repo_id=repo_id, card_facts=card_facts, has_tokenizer=tokenizer is not None)
-    _open_repository(api, repo_id, private, None if create_pr else revision)
-    card = _final_card(api, repo_id, revision, card, [*(model.model_tags or []), *(tags or [])], overwrite_card)
+    open_repository(api, repo_id, private=private, revision=revision, create_pr=create_pr)
+    card = final_card(api, repo_id, revision, card, [*(model.model_tags or []), *(tags or [])], overwrite_card)
     with tempfile.TemporaryDirectory() as folder:
         _write_files(Path(folder), model, tokenizer, card, {"max_shard_size": max_shard_size})
-        _shorten_local_source(Path(folder) / "config.json")
-        return _commit_folder(
+        shorten_local_source(Path(folder) / "config.json")
+        files, _ = files_to_push(Path(folder))
+        refuse_secrets(files, api.token if isinstance(api.token, str) else get_token())
+        return commit_files(
             api,
-            Path(folder),
             repo_id,
+            files,
             commit_message=commit_message or f"Upload {type(model).__name__}",
             commit_description=commit_description,
             revision=revision,
@@ -148,7 +138,7 @@ def _write_files(
     card.save(folder / "README.md")
 
 
-def _shorten_local_source(config_file: Path) -> None:
+def shorten_local_source(config_file: Path) -> None:
     """Keep of a source folder its name only: where it lay on this machine is nobody's business."""
     config = json.loads(config_file.read_text(encoding="utf-8"))
     source = (config.get("upcycling") or {}).get("source")
@@ -185,112 +175,3 @@ def _find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
             return tokenizer
     logger.warning(f"No tokenizer was found beside the source of {type(model).__name__}: pass tokenizer=...")
     return None
-
-
-def _preflight_account(api: HfApi, repo_id: str) -> str:
-    """The repository's full name, once its form is right and the token is accepted."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise MoEError(f"{repo_id!r} is no repository name: {error}") from error
-    try:
-        name = api.whoami()["name"]
-    except LocalTokenNotFoundError as error:
-        raise MoEError(f"Not logged in at {api.endpoint}. {_LOGIN_HINT}") from error
-    except httpx2.HTTPError as error:
-        raise _explained(api, repo_id, error) from error
-    return repo_id if "/" in repo_id else f"{name}/{repo_id}"
-
-
-def _open_repository(api: HfApi, repo_id: str, private: bool | None, branch: str | None) -> None:
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        is_private = api.model_info(repo_id).private
-        if private and not is_private:
-            raise MoEError(
-                f"{repo_id} exists and is public, and private=True was asked for: nothing was sent. Make it private in "
-                "its settings, or push to another name."
-            )
-        if branch is not None:
-            api.create_branch(repo_id, branch=branch, exist_ok=True)
-    except httpx2.HTTPError as error:
-        raise _explained(api, repo_id, error) from error
-
-
-def _final_card(
-    api: HfApi, repo_id: str, revision: str | None, card: ModelCard, tags: list[str], overwrite: bool
-) -> ModelCard:
-    """The card to push: one that people may have edited on the Hub stays, and gets the tags that it lacks."""
-    if not overwrite:
-        try:
-            card = ModelCard.load(api.hf_hub_download(repo_id, "README.md", revision=revision))
-        except EntryNotFoundError:
-            # The first push: the new card is used.
-            pass
-        except httpx2.HTTPError as error:
-            raise _explained(api, repo_id, error) from error
-        except (ValueError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise MoEError(
-                f"The card that is in {repo_id} has broken metadata ({reason}): repair it there, or pass "
-                "overwrite_card=True."
-            ) from error
-    missing = [tag for tag in dict.fromkeys(tags) if tag not in (card.data.tags or [])]
-    if missing:
-        card.data.tags = [*(card.data.tags or []), *missing]
-    return card
-
-
-def _commit_folder(api: HfApi, folder: Path, repo_id: str, **commit) -> CommitInfo:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    names = [file.relative_to(folder).as_posix() for file in files if not _is_never_pushed(file.name)]
-    for attempt in range(1, _ATTEMPTS + 1):
-        # The client marks its operations, so each attempt has new ones. What arrived before is not sent again.
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
-        try:
-            info = api.create_commit(repo_id, operations, **commit)
-            break
-        except (httpx2.HTTPError, RuntimeError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            is_final = status is not None and status < 500
-            if is_final or attempt == _ATTEMPTS:
-                raise _explained(api, repo_id, error) from error
-        except ValueError as error:
-            raise MoEError(f"The Hub refuses what was to be pushed to {repo_id}: {error}") from error
-    _check_arrived(api, repo_id, info, operations)
-    return info
-
-
-def _check_arrived(api: HfApi, repo_id: str, info: CommitInfo, operations: list[CommitOperationAdd]) -> None:
-    """Compare names, sizes and, for large files, sha256 of what the Hub lists with what was sent."""
-    try:
-        listed = {entry.path: entry for entry in api.list_repo_tree(repo_id, recursive=True, revision=info.oid)}
-    except httpx2.HTTPError as error:
-        raise _explained(api, repo_id, error) from error
-    for operation in operations:
-        entry = listed.get(operation.path_in_repo)
-        sha256 = getattr(getattr(entry, "lfs", None), "sha256", None)
-        size = getattr(entry, "size", None)
-        if size != operation.upload_info.size or sha256 not in (None, operation.upload_info.sha256.hex()):
-            raise MoEError(
-                f"{operation.path_in_repo} did not arrive whole in {repo_id} (commit {info.oid}): push again to repair."
-            )
-
-
-def _is_never_pushed(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in NEVER_PUSHED)
-
-
-def _explained(api: HfApi, repo_id: str, error: Exception) -> MoEError:
-    """One sentence about a failed request, and what to do."""
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    said = getattr(error, "server_message", None) or str(error).splitlines()[0]
-    if status == 401:
-        return MoEError(f"{api.endpoint} does not accept the token: {said}. {_LOGIN_HINT}")
-    if status == 403:
-        return MoEError(f"The token may not write to {repo_id}: {said}. Nothing was published. {_LOGIN_HINT}")
-    if status is not None and status < 500:
-        return MoEError(f"{api.endpoint} refused the push to {repo_id} with status {status}: {said}.")
-    return MoEError(
-        f"The push to {repo_id} failed: {said}. Push again: files that arrived are not sent a second time."
-    )
