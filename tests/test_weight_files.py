@@ -214,5 +214,5 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     write_checkpoint(tmp_path, specs, lambda name: [torch.zeros(size, dtype=torch.uint8)])
     program = [sys.executable, "-c", MEMORY_PROGRAM.replace("\\\\", "\\"), str(tmp_path)]
     grown = int(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
-    # Two tensors: one that is read while the one before it is not yet freed.
-    assert grown < 2 * size + (4 << 20) < count * size // 4
+    # Two tensors: one that is read while the one before it is not yet freed; and what the allocator keeps, up to 6 MiB seen.
+    assert grown < 2 * size + (8 << 20) < count * size // 4
