@@ -7,6 +7,7 @@ is done again, a finished one is read.
 import argparse
 import json
 import platform
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -78,7 +79,7 @@ TINY = {
 }
 
 
-class Study:
+class Study(ABC):
     """All runs below one folder. The seed of a run varies its parent, the order of the text, routers and experts.
 
     Args:
@@ -93,13 +94,13 @@ class Study:
         self.seeds = seeds
         self.stages = Stages(output_dir, say=lambda line: print(line, flush=True))
 
+    @abstractmethod
     def title(self, name: str) -> str:
         """What an arm is called in tables and pictures."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run_arm(self, name: str, parent: dict[str, Any], seed: int) -> dict[str, Any]:
         """Train one arm of one seed, as a stage; the stage's record."""
-        raise NotImplementedError
 
     def documents(self) -> datasets.Dataset:
         """The text that parents and arms train on: what every machine has."""
