@@ -111,7 +111,8 @@ class Study(ABC):
         return is_matrix(name, parameter)
 
     def after_step(self, model: PreTrainedModel, steps_left: int) -> None:
-        """What else happens after a step of the optimizer."""
+        """What else happens after a step of the optimizer; by default nothing."""
+        return
 
     def data(self) -> dict[str, Any]:
         """Text -> tokenizer -> packed blocks; held-out documents of two domains."""
