@@ -11,7 +11,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 SOURCES := moe_hf training examples benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-all test-gpu conformance check-real style quality clean
+.PHONY: help demo setup test test-all test-gpu conformance interop check-real style quality clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -32,13 +32,17 @@ test: $(STAMP)  ## the tests that every change runs, under 25 minutes on 2 cores
 	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist worksteal
 
 test-all: $(STAMP)  ## the tests, the slow ones too
-	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist worksteal -m 'not gpu and not conformance' --timeout 3600
+	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist worksteal -m 'not gpu and not conformance and not interop' --timeout 3600
 
 conformance: $(STAMP)  ## transformers' own model tests over our classes; fetches its sources from PyPI
 	$(TEST_ENV) $(PYTEST) tests/conformance -m conformance --timeout 3600
 
 check-real: $(STAMP)  ## 8 models of the Hub: upcycled, verified, exported, compared with what is expected; needs a network
 	$(BIN)/python -m tests.check_real
+
+interop: $(STAMP)  ## servers and evaluators on our models, each in an environment from PyPI (TOOL=lm_eval|llama_cpp|vllm|trl|peft|serve)
+	$(TEST_ENV) $(PYTEST) $(if $(TOOL),tests/interop/test_$(TOOL).py,tests/interop) -m interop --timeout 7200
+	$(BIN)/python -m tests.interop.results
 
 test-gpu: $(STAMP)  ## the tests that need CUDA; skips itself without it
 	$(TEST_ENV) $(PYTEST) -m gpu --timeout 3600
@@ -52,4 +56,4 @@ quality: $(STAMP)  ## what CI checks before the tests
 	$(BIN)/ruff format --check $(SOURCES)
 
 clean:  ## remove the environment, builds and the demo's output
-	rm -rf $(VENV) demo conformance dist build outputs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo conformance interop dist build outputs .pytest_cache .ruff_cache .hypothesis

@@ -5,14 +5,13 @@ They are never committed: they live in `conformance/` at the root of the checkou
 
 import importlib
 import importlib.util
-import subprocess
 import sys
-import tarfile
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
 import transformers
+
+from tests.source_releases import fetch_files
 
 
 CACHE = Path(__file__).parents[2] / "conformance"
@@ -21,21 +20,7 @@ PACKAGE = "transformers_tests"
 
 def fetch_tests(version: str = transformers.__version__) -> Path:
     """Return the folder with the tests of transformers `version`, downloading its source release once."""
-    target = CACHE / f"transformers-{version}" / "tests"
-    if target.is_dir():
-        return target
-    CACHE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-        subprocess.run([*download, "--dest", folder, f"transformers=={version}"], check=True)
-        (archive,) = Path(folder).glob("transformers-*.tar.gz")
-        root = f"transformers-{version}"
-        with tarfile.open(archive) as tar:
-            members = [member for member in tar.getmembers() if member.name.startswith(f"{root}/tests/")]
-            tar.extractall(folder, members, filter="data")
-        # Whole or absent: an interrupted download leaves no folder that looks complete.
-        (Path(folder) / root).replace(target.parent)
-    return target
+    return fetch_files("transformers", version, "tests", CACHE / f"transformers-{version}" / "tests")
 
 
 def _stub(name: str, **attributes) -> None:

@@ -1,0 +1,104 @@
+"""What the tools are given: a tiny upcycled model with a tokenizer, and what transformers computes with it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_hf import upcycle
+from moe_hf.data import builtin_corpus, train_tokenizer
+from moe_hf.hub import save_model
+from tests.tiny_models import tiny_dense
+
+
+VOCAB_SIZE = 510
+NEW_TOKENS = 24
+# vLLM's attention on CPUs wants heads of 32, 64, ...; its kernel for experts widths that are multiples of 32.
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 256,
+}
+PROMPTS = (
+    "The import statement combines two operations",
+    "A list comprehension",
+    "def __init__(self, name):",
+    "An exception can be handled by the caller of the function, or of",
+)
+
+
+def documents(count: int, characters: int = 400) -> list[str]:
+    """The beginnings of some documents about Python, none of them in the tokenizer's text."""
+    texts = [text for text in builtin_corpus().filter(lambda row: row["domain"] == "prose")["text"]]
+    return [text[:characters] for text in texts if len(text) > characters][:count]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What transformers computes in float32, one entry per prompt: ids, logits (S, V), greedy continuation."""
+
+    ids: list[list[int]]
+    logits: list[torch.Tensor]
+    tokens: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with a model and its tokenizer."""
+
+    folder: Path
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    @cached_property
+    def answers(self) -> Answers:
+        """Of `PROMPTS`."""
+        ids = [self.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+        with torch.no_grad():
+            logits = [self.model(torch.tensor([row])).logits[0] for row in ids]
+        tokens = [self.greedy(row) for row in ids]
+        return Answers(ids, logits, tokens)
+
+    def greedy(self, ids: list[int], new_tokens: int = NEW_TOKENS) -> list[int]:
+        """What `generate` appends; the prompts are such that no text ends before."""
+        output = self.model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=new_tokens)
+        tokens = output[0, len(ids) :].tolist()
+        assert len(tokens) == new_tokens
+        return tokens
+
+    def write_answers(self, file: Path) -> Path:
+        """Ids and greedy tokens as JSON, for a program in another environment."""
+        file.write_text(json.dumps({"texts": PROMPTS, "ids": self.answers.ids, "tokens": self.answers.tokens}))
+        return file
+
+
+def make_ours(folder: Path, family: str) -> Checkpoint:
+    """An upcycled model of 4 experts that differ, in our own layout, as `save_model` writes it."""
+    text = documents(60, 2000)
+    tokenizer = train_tokenizer(Dataset.from_dict({"text": text}), VOCAB_SIZE)
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    dense = tiny_dense(family, vocab_size=len(tokenizer), **SIZES, **special)
+    save_model(upcycle(dense, num_experts=4, noise=0.5), tokenizer, folder)
+    return Checkpoint(folder)
+
+
+def export(ours: Checkpoint, folder: Path, target: str) -> Checkpoint:
+    """The same model as a native family, by the command that users have."""
+    command = [sys.executable, "-m", "moe_hf.cli", "export", ours.folder, folder, "--to", target]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return Checkpoint(folder)

@@ -1,0 +1,44 @@
+"""llama.cpp: a native export becomes a GGUF file by its own converter, and computes the same logits and tokens."""
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from tests.interop.environments import CACHE, ENVIRONMENTS, installed
+from tests.interop.models import Checkpoint
+from tests.source_releases import fetch_files
+
+
+pytestmark = pytest.mark.interop
+PROGRAMS = Path(__file__).parent / "programs"
+CONVERTER = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/")
+
+
+@pytest.fixture(scope="module")
+def llama_cpp() -> Path:
+    """The converter's folder, of the release that is installed."""
+    (version,) = (text.split("==")[1] for text in ENVIRONMENTS["llama_cpp"].requirements if "==" in text)
+    target = CACHE / f"llama_cpp_python-{version}"
+    return fetch_files("llama_cpp_python", version, "vendor/llama.cpp", target, CONVERTER)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_converted_export_computes_the_same(family, request, llama_cpp, record, tmp_path):
+    environment = installed("llama_cpp")
+    checkpoint: Checkpoint = request.getfixturevalue(family)
+    gguf, answers = tmp_path / "model.gguf", checkpoint.write_answers(tmp_path / "answers.json")
+    convert = (PROGRAMS / "convert_to_gguf.py", llama_cpp, checkpoint.folder)
+    environment.output("python", *convert, "--outfile", gguf, "--outtype", "f32")
+    environment.output("python", PROGRAMS / "llama_cpp_logits.py", gguf, answers, tmp_path / "out")
+    with numpy.load(tmp_path / "out.npz") as file:
+        logits = torch.cat([torch.from_numpy(file[name]) for name in sorted(file)])
+    said = json.loads((tmp_path / "out.json").read_text())
+    assert said["ids"] == checkpoint.answers.ids
+    assert said["tokens"] == checkpoint.answers.tokens
+    expected = torch.cat(checkpoint.answers.logits)
+    difference = float((logits - expected).norm() / expected.norm())
+    assert difference <= 1e-3
+    record(environment, f"export to {family}, converted to GGUF in float32", f"logits {difference:.1e}; tokens equal")
