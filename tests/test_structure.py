@@ -29,7 +29,7 @@ MODELING_ORDER = [
     ("token_choice", "segment_merge"),
     ("expert_choice", "soft_gates"),
     ("routers", "custom_code", "output_mixture"),
-    "routing_pass",
+    ("routing_pass", "serving"),
     "router",
     ("moe_block", "mixed_predictions", "outputs"),
     "dynamic_class",

@@ -3,7 +3,7 @@
 Torch and transformers are imported inside the commands, so that help and mistakes in the arguments answer at once.
 """
 
-from moe_hf.cli import card, experts, export, hub, inspect, plan, report, surgery, upcycle, verify
+from moe_hf.cli import card, experts, export, hub, inspect, plan, report, serve, surgery, upcycle, verify
 from moe_hf.cli.app import app, main
 
 
@@ -31,3 +31,6 @@ for _name, _command in (
     ("pull", hub.pull),
 ):
     app.command(_name)(_command)
+
+# What it does not know itself is the server's.
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.serve)

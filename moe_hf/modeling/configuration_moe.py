@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import transformers
 from huggingface_hub.dataclasses import strict
 from packaging.version import Version
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import AutoConfig, PreTrainedConfig, configuration_utils
 
 from .config_checks import (
     UNNORMALISED,
@@ -175,7 +174,7 @@ class MoEConfig(PreTrainedConfig):
 
     model_type: ClassVar[str] = "moe_hf"
     sub_configs_defaults: ClassVar[dict] = {
-        "text_config": SubConfigSpec(AutoConfig, model_type="llama", optional=True),
+        "text_config": configuration_utils.SubConfigSpec(AutoConfig, model_type="llama", optional=True),
     }
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",

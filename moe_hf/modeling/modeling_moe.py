@@ -8,7 +8,6 @@ Letters: B batch, S sequence, T = B * S tokens, E experts, V vocabulary.
 
 import inspect
 import os
-from functools import wraps
 
 import torch
 from torch import nn
@@ -19,7 +18,6 @@ from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
-    GenerationMixin,
     PreTrainedModel,
 )
 from transformers.dynamic_module_utils import custom_object_save
@@ -48,10 +46,11 @@ from .outputs import (
     share_of_labels,
 )
 from .parallel_plans import block_plans, refuse_layout, without_blocks
-from .routers import ROUTERS, carries_on, check_generation, router_spec, save_custom_code, why_no_cache
+from .routers import ROUTERS, carries_on, router_spec, save_custom_code, why_no_cache
 from .routing_cache import carried_by, mask_of_tokens
 from .routing_ids import extend_ids, open_experts, spread_ids, take_ids
 from .routing_pass import RoutingPass, current_routing_pass, document_ids_of, recompute_contexts, routing_pass
+from .serving import CheckedGeneration, check_vllm
 
 
 class MoEPreTrainedModel(Combined, PreTrainedModel):
@@ -112,6 +111,7 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         if config.moe_intermediate_size is None and len(widths) == 1:
             # Tools that read the config alone need the number.
             config.moe_intermediate_size = widths.pop()
+        check_vllm(config, base_model, sites)
         for site in sites:
             holder = holder_of(base_model, site)
             check_one_expert_reproduces(holder, site)
@@ -315,7 +315,7 @@ class _MoEWithHead(MoEPreTrainedModel):
         return outputs if return_dict else outputs.to_tuple()
 
 
-class MoEForCausalLM(_MoEWithHead, GenerationMixin):
+class MoEForCausalLM(_MoEWithHead, CheckedGeneration):
     """The decoder with its language-modelling head; the dense model's arguments, and `output_router_logits`."""
 
     _predicts_tokens = True
@@ -323,11 +323,6 @@ class MoEForCausalLM(_MoEWithHead, GenerationMixin):
     @staticmethod
     def _find_dense_class(config: MoEConfig) -> type:
         return decoder_class(config.text_config, MODEL_FOR_CAUSAL_LM_MAPPING)
-
-    @wraps(GenerationMixin.generate)
-    def generate(self, *args, **kwargs):
-        check_generation(self.config)
-        return super().generate(*args, **kwargs)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens=1, **kwargs):
         extend_ids(model_kwargs, num_new_tokens)

@@ -70,7 +70,9 @@ class Installed:
     folder: Path
     versions: dict[str, str]
 
-    def run(self, program: str, *arguments: object, seconds: int = 900, **variables: str) -> subprocess.CompletedProcess:
+    def run(
+        self, program: str, *arguments: object, seconds: int = 900, **variables: str
+    ) -> subprocess.CompletedProcess:
         """Run a program of the environment, offline, whatever its exit code; its output is text."""
         command = [str(self.folder / "bin" / program), *map(str, arguments)]
         env = environment_variables(**variables)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from moe_hf import upcycle
 from moe_hf.data import builtin_corpus, train_tokenizer
 from moe_hf.hub import save_model
+from moe_hf.trainer.chats import CHAT_TEMPLATE
 from tests.tiny_models import tiny_dense
 
 
@@ -91,6 +92,7 @@ def make_ours(folder: Path, family: str) -> Checkpoint:
     """An upcycled model of 4 experts that differ, in our own layout, as `save_model` writes it."""
     text = documents(60, 2000)
     tokenizer = train_tokenizer(Dataset.from_dict({"text": text}), VOCAB_SIZE)
+    tokenizer.chat_template = CHAT_TEMPLATE
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     dense = tiny_dense(family, vocab_size=len(tokenizer), **SIZES, **special)
     save_model(upcycle(dense, num_experts=4, noise=0.5), tokenizer, folder)

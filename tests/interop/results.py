@@ -1,6 +1,6 @@
 """The rows that the tests write, and the table in docs/serving.md that is made of them.
 
-    python -m tests.interop.results
+python -m tests.interop.results
 """
 
 import json
