@@ -21,11 +21,11 @@ def serve(
         if not is_serve_available():
             raise MoEError("The server's packages are missing: pip install 'transformers[serving]'")
         load_config(source)
-    import transformers
+    from transformers.cli.serving import model_manager
     from transformers.cli.transformers import app as transformers_app
 
     from moe_hf.modeling.modeling_moe import MoEForCausalLM
 
     # The server looks for the class that the config names among those of transformers, and nowhere else.
-    transformers.MoEForCausalLM = MoEForCausalLM
+    model_manager.transformers.MoEForCausalLM = MoEForCausalLM
     transformers_app(["serve", source, *context.args], prog_name="moe-hf")

@@ -18,6 +18,7 @@ from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
+    GenerationMixin,
     PreTrainedModel,
 )
 from transformers.dynamic_module_utils import custom_object_save
@@ -315,7 +316,7 @@ class _MoEWithHead(MoEPreTrainedModel):
         return outputs if return_dict else outputs.to_tuple()
 
 
-class MoEForCausalLM(_MoEWithHead, CheckedGeneration):
+class MoEForCausalLM(_MoEWithHead, CheckedGeneration, GenerationMixin):
     """The decoder with its language-modelling head; the dense model's arguments, and `output_router_logits`."""
 
     _predicts_tokens = True

@@ -33,8 +33,8 @@ def check_continuous_batching(config: MoEConfig) -> None:
         raise MoEError(f"Continuous batching would not compute what generate does: {reason} Use generate.")
 
 
-class CheckedGeneration(GenerationMixin):
-    """Generation that is refused where it would not be what the model computes."""
+class CheckedGeneration:
+    """Goes before `GenerationMixin`: refuses generation where it would not be what the model computes."""
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
@@ -79,9 +79,8 @@ def _reasons_against_one_row(config: MoEConfig) -> Iterator[str]:
 def _reasons_against_vllm(config: MoEConfig, base_model: nn.Module, sites: list[MLPSite]) -> Iterator[str]:
     if config.output_mixture is not None:
         yield f"output_mixture={config.output_mixture!r} mixes predictions after the head, and the head is vLLM's."
-    for name in ("extra_experts", "num_experts_per_layer"):
-        if getattr(config, name):
-            yield f"it takes each router for one over num_experts experts, and {name} is {getattr(config, name)}."
+    if config.extra_experts:
+        yield f"it has num_experts experts to choose from, and extra_experts adds {config.extra_experts}."
     if config.num_moe_heads > 1:
         yield f"it takes the experts for as wide as the model, and num_moe_heads is {config.num_moe_heads}."
     if not all(site.gated and not site.has_bias for site in sites):

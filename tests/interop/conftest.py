@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from tests.interop import results
-from tests.interop.models import Checkpoint, export, make_ours
+from tests.interop.models import NATIVE, OURS, Checkpoint, export, make_ours
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -24,21 +25,25 @@ def llama(tmp_path_factory) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def qwen3(tmp_path_factory) -> Checkpoint:
-    """Ours, from a Qwen3."""
-    return make_ours(tmp_path_factory.mktemp("qwen3") / "moe", "qwen3")
+def ours(tmp_path_factory) -> dict[str, Checkpoint]:
+    """Models that our own code computes, by what they have."""
+    return {
+        name: make_ours(tmp_path_factory.mktemp("ours") / "moe", family, **fields)
+        for name, (family, fields) in OURS.items()
+    }
 
 
 @pytest.fixture(scope="session")
-def mixtral(llama, tmp_path_factory) -> Checkpoint:
-    """`llama`, exported."""
-    return export(llama, tmp_path_factory.mktemp("native") / "mixtral", "mixtral")
+def native(tmp_path_factory) -> Callable[[str], Checkpoint]:
+    """`native(family)` is an upcycled model, exported to it."""
 
+    @cache
+    def make(family: str) -> Checkpoint:
+        dense, fields, moe_fields = NATIVE[family]
+        ours = make_ours(tmp_path_factory.mktemp(family) / "moe", dense, fields, **moe_fields)
+        return export(ours, ours.folder.parent / "native", family)
 
-@pytest.fixture(scope="session")
-def qwen3_moe(qwen3, tmp_path_factory) -> Checkpoint:
-    """`qwen3`, exported."""
-    return export(qwen3, tmp_path_factory.mktemp("native") / "qwen3_moe", "qwen3_moe")
+    return make
 
 
 @pytest.fixture

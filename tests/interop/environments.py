@@ -1,6 +1,6 @@
 """One virtual environment per tool, made from PyPI and kept in `interop/`, which git ignores.
 
-moe_hf is in none of them: the tools see what a stranger would, a folder that moe_hf wrote.
+moe_hf is in none of them but `serve`: the tools see what a stranger would, a folder that moe_hf wrote.
 """
 
 import json
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ class Environment:
         requirements: as on pip's command line; the tool's with its version.
         constrained: whether our own `constraints.txt` holds; False where the tool demands other versions.
         removed: distributions that break the tool, taken out again.
+        overlay: requirements that go against the tool's own, in a folder beside; used when asked for.
         variables: of the installation's environment.
     """
 
@@ -39,9 +41,11 @@ class Environment:
     requirements: tuple[str, ...]
     constrained: bool = True
     removed: tuple[str, ...] = ()
+    overlay: tuple[str, ...] = ()
     variables: dict[str, str] = field(default_factory=dict)
 
 
+OVERLAY = "overlay"
 TRANSFORMERS = ("torch", "transformers", "safetensors")
 ENVIRONMENTS = {
     "lm_eval": Environment("lm_eval", (*TRANSFORMERS, "lm_eval[hf]==0.4.13")),
@@ -56,10 +60,12 @@ ENVIRONMENTS = {
         constrained=False,
         # From PyPI they are CUDA builds, which a torch for CPUs cannot load; vLLM needs none of them for text.
         removed=("torchvision", "torchaudio", "torchcodec"),
+        # It demands transformers<5.20, and the code that travels with our models 5.23.
+        overlay=(f"transformers=={version('transformers')}",),
     ),
     "trl": Environment("trl", (*TRANSFORMERS, "trl")),
     "peft": Environment("peft", (*TRANSFORMERS, "peft")),
-    "serve": Environment("transformers", (*TRANSFORMERS, "transformers[serving]", "accelerate")),
+    "serve": Environment("transformers", ("--editable", str(ROOT), "transformers[serving]")),
 }
 
 
@@ -114,6 +120,8 @@ def _install(environment: Environment, folder: Path, python: Path) -> None:
     steps = [("install", *constraints, *environment.requirements)]
     if environment.removed:
         steps.append(("uninstall", "--yes", *environment.removed))
+    if environment.overlay:
+        steps.append(("install", "--no-deps", "--target", folder / OVERLAY, *environment.overlay))
     for step in steps:
         command = [python, "-m", "pip", *map(str, step)]
         done = subprocess.run(

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -15,6 +16,7 @@ from moe_hf import upcycle
 from moe_hf.data import builtin_corpus, train_tokenizer
 from moe_hf.hub import save_model
 from moe_hf.trainer.chats import CHAT_TEMPLATE
+from tests.families import MULTIPLIERS
 from tests.tiny_models import tiny_dense
 
 
@@ -29,6 +31,41 @@ SIZES = {
     "head_dim": 64,
     "max_position_embeddings": 256,
 }
+SIGMOID = {"scoring_func": "sigmoid"}
+# Each native family, from a dense one, with fields of the dense model and of its experts that use what it can hold.
+NATIVE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "mixtral": ("llama", {}, {}),
+    "qwen3_moe": ("qwen3", {}, {}),
+    # llama.cpp takes its weights for not normalised, whatever the config says.
+    "qwen2_moe": (
+        "qwen2",
+        {},
+        {"norm_topk_prob": False, "shared_expert_intermediate_size": 128, "shared_expert_gate": True},
+    ),
+    "granitemoe": ("granite", MULTIPLIERS, {}),
+    "granitemoeshared": ("granite", MULTIPLIERS, {"shared_expert_intermediate_size": 128}),
+    "granitemoe_swa": ("granite_swa", {}, {"shared_expert_intermediate_size": 128}),
+    "ernie4_5_moe": ("ernie4_5", {}, {}),
+    "lfm2_moe": ("lfm2", {}, SIGMOID),
+    "flex_olmo": ("olmo2", {}, {}),
+    "cohere2_moe": ("cohere2", {}, {}),
+    "hunyuan_v1_moe": ("hunyuan_v1_dense", {}, {"shared_expert_intermediate_size": 192}),
+    "qwen3_5_moe_text": ("qwen3_5_text", {}, {"shared_expert_intermediate_size": 128, "shared_expert_gate": True}),
+    "glm4_moe": ("qwen3", {}, SIGMOID | {"first_k_dense_replace": 1, "shared_expert_intermediate_size": 192}),
+    "dots1": ("qwen3", {}, SIGMOID | {"shared_expert_intermediate_size": 192}),
+    "solar_open": ("llama", {}, SIGMOID | {"shared_expert_intermediate_size": 192}),
+}
+# What no native family of transformers holds as it is, and our own code computes: routers and experts of several kinds.
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen3, sigmoid, bias, gated shared expert": (
+        "qwen3",
+        SIGMOID | {"balance_strategy": "bias", "shared_expert_intermediate_size": 96, "shared_expert_gate": True},
+    ),
+    "cosine router, dense FFN": ("llama", {"router_arch": "cosine", "moe_dense_ffn": "after"}),
+    "top-p": ("llama", {"router_type": "top_p"}),
+    "4, 2 and 3 experts": ("llama", {"num_experts_per_layer": [4, 2, 3]}),
+}
 PROMPTS = (
     "The import statement combines two operations",
     "A list comprehension",
@@ -38,8 +75,8 @@ PROMPTS = (
 
 
 def documents(count: int, characters: int = 400) -> list[str]:
-    """The beginnings of some documents about Python, none of them in the tokenizer's text."""
-    texts = [text for text in builtin_corpus().filter(lambda row: row["domain"] == "prose")["text"]]
+    """The beginnings of some documents about Python."""
+    texts = list(builtin_corpus().filter(lambda row: row["domain"] == "prose")["text"])
     return [text[:characters] for text in texts if len(text) > characters][:count]
 
 
@@ -82,20 +119,33 @@ class Checkpoint:
         assert len(tokens) == new_tokens
         return tokens
 
+    @torch.no_grad()
+    def log_probabilities_of_tokens(self) -> list[list[float]]:
+        """Of the greedy tokens, each after those before it."""
+        rows = []
+        for ids, tokens in zip(self.answers.ids, self.answers.tokens, strict=True):
+            logits = self.model(torch.tensor([ids + tokens[:-1]])).logits[0, len(ids) - 1 :]
+            rows.append(logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist())
+        return rows
+
     def write_answers(self, file: Path) -> Path:
         """Ids and greedy tokens as JSON, for a program in another environment."""
         file.write_text(json.dumps({"texts": PROMPTS, "ids": self.answers.ids, "tokens": self.answers.tokens}))
         return file
 
 
-def make_ours(folder: Path, family: str) -> Checkpoint:
-    """An upcycled model of 4 experts that differ, in our own layout, as `save_model` writes it."""
+def make_ours(folder: Path, family: str, fields: dict[str, Any] | None = None, **moe_fields) -> Checkpoint:
+    """An upcycled model of 4 experts that differ, in our own layout, as `save_model` writes it.
+
+    `fields` are the dense model's besides `SIZES`, `moe_fields` those of its experts.
+    """
     text = documents(60, 2000)
     tokenizer = train_tokenizer(Dataset.from_dict({"text": text}), VOCAB_SIZE)
     tokenizer.chat_template = CHAT_TEMPLATE
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    dense = tiny_dense(family, vocab_size=len(tokenizer), **SIZES, **special)
-    save_model(upcycle(dense, num_experts=4, noise=0.5), tokenizer, folder)
+    dense = tiny_dense(family, vocab_size=len(tokenizer), **SIZES | special | (fields or {}))
+    moe = upcycle(dense, num_experts=4, noise=0.5, allow_inexact=True, **moe_fields)
+    save_model(moe, tokenizer, folder)
     return Checkpoint(folder)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.interop.environments import CACHE, ENVIRONMENTS, installed
-from tests.interop.models import Checkpoint
+from tests.interop.models import NATIVE
 from tests.source_releases import fetch_files
 
 
@@ -25,10 +25,9 @@ def llama_cpp() -> Path:
     return fetch_files("llama_cpp_python", version, "vendor/llama.cpp", target, CONVERTER)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_a_converted_export_computes_the_same(family, request, llama_cpp, record, tmp_path):
-    environment = installed("llama_cpp")
-    checkpoint: Checkpoint = request.getfixturevalue(family)
+@pytest.mark.parametrize("family", NATIVE)
+def test_a_converted_export_computes_the_same(family, native, llama_cpp, record, tmp_path):
+    environment, checkpoint = installed("llama_cpp"), native(family)
     gguf, answers = tmp_path / "model.gguf", checkpoint.write_answers(tmp_path / "answers.json")
     convert = (PROGRAMS / "convert_to_gguf.py", llama_cpp, checkpoint.folder)
     environment.output("python", *convert, "--outfile", gguf, "--outtype", "f32")
@@ -40,5 +39,5 @@ def test_a_converted_export_computes_the_same(family, request, llama_cpp, record
     assert said["tokens"] == checkpoint.answers.tokens
     expected = torch.cat(checkpoint.answers.logits)
     difference = float((logits - expected).norm() / expected.norm())
-    assert difference <= 1e-3
+    assert difference <= 1e-5
     record(environment, f"export to {family}, converted to GGUF in float32", f"logits {difference:.1e}; tokens equal")

@@ -47,9 +47,9 @@ def bits_per_byte(checkpoint: Checkpoint, texts: list[str]) -> float:
 @pytest.mark.parametrize(
     ("what", "more"), [("our folder", "trust_remote_code=True"), ("its export to mixtral", "trust_remote_code=False")]
 )
-def test_perplexity_is_the_one_of_the_logits(what, more, request, task, record, tmp_path):
+def test_perplexity_is_the_one_of_the_logits(what, more, llama, native, task, record, tmp_path):
     environment = installed("lm_eval")
-    checkpoint = request.getfixturevalue("llama" if what == "our folder" else "mixtral")
+    checkpoint = llama if what == "our folder" else native("mixtral")
     arguments = ("--model_args", f"pretrained={checkpoint.folder},dtype=float32,{more}", "--device", "cpu")
     tasks = ("--include_path", task, "--tasks", "python_reference", "--batch_size", "4")
     environment.output("lm_eval", "run", "--model", "hf", *arguments, *tasks, "--output_path", tmp_path)
