@@ -101,7 +101,10 @@ class Checkpoint:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        # Random weights end a text at any place; the tools are told to go on, too.
+        model.generation_config.eos_token_id = None
+        return model
 
     @cached_property
     def answers(self) -> Answers:
@@ -113,7 +116,7 @@ class Checkpoint:
         return Answers(ids, logits, tokens)
 
     def greedy(self, ids: list[int], new_tokens: int = NEW_TOKENS) -> list[int]:
-        """What `generate` appends; the prompts are such that no text ends before."""
+        """What `generate` appends."""
         output = self.model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=new_tokens)
         tokens = output[0, len(ids) :].tolist()
         assert len(tokens) == new_tokens

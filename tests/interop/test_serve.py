@@ -75,7 +75,8 @@ def check_answers(checkpoint: Checkpoint, address: str) -> None:
         answer = ask(address, "/v1/completions", model=str(checkpoint.folder), prompt=prompt)
         assert answer["choices"][0]["text"] == text_of(checkpoint, tokens)
     ids = checkpoint.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
-    tokens = checkpoint.model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=NEW_TOKENS)[0, len(ids) :]
+    stop = {"max_new_tokens": NEW_TOKENS, "eos_token_id": checkpoint.tokenizer.eos_token_id}
+    tokens = checkpoint.model.generate(torch.tensor([ids]), do_sample=False, **stop)[0, len(ids) :]
     answer = ask(address, "/v1/chat/completions", model=str(checkpoint.folder), messages=CHAT)
     assert answer["choices"][0]["message"]["content"] == text_of(checkpoint, tokens.tolist())
 
