@@ -1,8 +1,6 @@
 """What the tools are given: a tiny upcycled model with a tokenizer, and what transformers computes with it."""
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_hf import upcycle
+from moe_hf import export_native, upcycle
 from moe_hf.data import builtin_corpus, train_tokenizer
 from moe_hf.hub import save_model
 from moe_hf.trainer.chats import CHAT_TEMPLATE
@@ -153,7 +151,5 @@ def make_ours(folder: Path, family: str, fields: dict[str, Any] | None = None, *
 
 
 def export(ours: Checkpoint, folder: Path, target: str) -> Checkpoint:
-    """The same model as a native family, by the command that users have."""
-    command = [sys.executable, "-m", "moe_hf.cli", "export", ours.folder, folder, "--to", target]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return Checkpoint(folder)
+    """The same model as a native family."""
+    return Checkpoint(export_native(ours.folder, folder, target))
