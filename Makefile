@@ -41,8 +41,8 @@ check-real: $(STAMP)  ## 8 models of the Hub: upcycled, verified, exported, comp
 	$(BIN)/python -m tests.check_real
 
 interop: $(STAMP)  ## servers and evaluators on our models, each in an environment from PyPI (TOOL=lm_eval|llama_cpp|vllm|trl|peft|serve)
-	$(TEST_ENV) $(PYTEST) $(if $(TOOL),tests/interop/test_$(TOOL).py,tests/interop) -m interop --timeout 7200
-	$(BIN)/python -m tests.interop.results
+	$(TEST_ENV) $(PYTEST) $(if $(TOOL),tests/interop/test_$(TOOL).py,tests/interop) -m interop --timeout 7200; \
+	status=$$?; $(BIN)/python -m tests.interop.results; exit $$status
 
 test-gpu: $(STAMP)  ## the tests that need CUDA; skips itself without it
 	$(TEST_ENV) $(PYTEST) -m gpu --timeout 3600

@@ -27,9 +27,7 @@ def write(test: str, row: dict[str, Any], file: Path = FILE) -> None:
     file.write_text(json.dumps(dict(sorted(rows.items())), indent=2) + "\n")
 
 
-def row(
-    tool: str, environment: Installed | None, what: str, figure: str, seconds: float, command: str = ""
-) -> dict[str, Any]:
+def row(tool: str, environment: Installed | None, what: str, figure: str, seconds: float) -> dict[str, Any]:
     """One row; `figure` says what was compared, or why the tool did not run."""
     return {
         "tool": tool,
@@ -38,7 +36,7 @@ def row(
         "figure": figure,
         "seconds": round(seconds, 1),
         "date": time.strftime("%Y-%m-%d"),
-        "command": command,
+        "command": f"make interop TOOL={tool}",
     }
 
 
