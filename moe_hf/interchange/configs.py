@@ -137,6 +137,12 @@ def warnings_for(config: MoEConfig, target: str) -> list[str]:
             f"llama.cpp takes norm_topk_prob of {target} for {family.gguf_norm} whatever the config says, and this model has "
             f"{config.norm_topk_prob}: a GGUF file of it would compute something else. transformers reads the field"
         )
+    heads, size = config.num_attention_heads, getattr(config, "head_dim", None)
+    if family.servers_divide is not None and size and size * heads != config.hidden_size:
+        texts.append(
+            f"{family.servers_divide} take hidden_size / num_attention_heads, {config.hidden_size} / {heads}, for the size of a "
+            f"head of {target}, and this model's is {size}: they fail, or compute something else. transformers reads head_dim"
+        )
     return texts
 
 

@@ -128,6 +128,7 @@ class Family:
         constants: further native fields: a value, or a function of our config.
         least_experts: E at which its router works.
         gguf_norm: what llama.cpp takes `norm_topk_prob` for, whatever the config says; None where it agrees.
+        servers_divide: readers that take hidden_size / num_attention_heads for the size of a head, whatever the config says.
         note: how close a model comes that is not equal to the last digits, or None.
     """
 
@@ -147,6 +148,7 @@ class Family:
     constants: dict[str, Any] = field(default_factory=dict)
     least_experts: int = 1
     gguf_norm: bool | None = None
+    servers_divide: str | None = None
     note: str | None = None
 
 

@@ -119,6 +119,7 @@ GRANITE = {
     "width": "intermediate_size",
     "dense_width": None,
     "norm_topk_prob": None,
+    "servers_divide": "llama.cpp",
 }
 
 # In the order in which "auto" tries them. First those that hold a model as it is, and among them those that most servers
@@ -272,6 +273,7 @@ FAMILIES: dict[str, Family] = {
         shared=SharedExpert("shared_expert_intermediate_size", gated=True, least=32),
         layers=LISTED_LAYERS,
         gguf_norm=False,
+        servers_divide="vLLM and llama.cpp",
     ),
     "glm4_moe": Family(
         decoder="attention whose output projection has no bias, with or without normalised queries and keys",

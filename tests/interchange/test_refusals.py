@@ -119,6 +119,16 @@ def test_normalisation_that_llama_cpp_ignores_is_warned_of(target, normalised, w
     assert any("llama.cpp" in text for text in warnings_for(moe_config(case), target)) == warns
 
 
+@pytest.mark.parametrize(
+    ("target", "head_dim", "warns"),
+    [("qwen2_moe", 16, True), ("qwen2_moe", 8, False), ("granitemoe", 16, True), ("mixtral", 16, False)],
+)
+def test_size_of_heads_that_servers_ignore_is_warned_of(target, head_dim, warns):
+    case = Case("llama", target, {"head_dim": head_dim}, {"norm_topk_prob": target != "qwen2_moe"})
+    said = warnings_for(moe_config(case), target)
+    assert any(f"for the size of a head of {target}, and this model's is 16" in text for text in said) == warns
+
+
 def test_sources_that_are_none_are_refused(ours, native, tmp_path):
     tiny_dense("llama").save_pretrained(tmp_path / "dense")
     (tmp_path / "empty").mkdir()

@@ -34,15 +34,16 @@ SIGMOID = {"scoring_func": "sigmoid"}
 NATIVE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mixtral": ("llama", {}, {}),
     "qwen3_moe": ("qwen3", {}, {}),
-    # llama.cpp takes its weights for not normalised, whatever the config says.
+    # Of this and granitemoe llama.cpp takes the heads for as wide together as the model, and here the weights of a token for
+    # not normalised, whatever the config says.
     "qwen2_moe": (
         "qwen2",
-        {},
+        {"hidden_size": 256},
         {"norm_topk_prob": False, "shared_expert_intermediate_size": 128, "shared_expert_gate": True},
     ),
-    "granitemoe": ("granite", MULTIPLIERS, {}),
-    "granitemoeshared": ("granite", MULTIPLIERS, {"shared_expert_intermediate_size": 128}),
-    "granitemoe_swa": ("granite_swa", {}, {"shared_expert_intermediate_size": 128}),
+    "granitemoe": ("granite", MULTIPLIERS | {"hidden_size": 256}, {}),
+    "granitemoeshared": ("granite", MULTIPLIERS | {"hidden_size": 256}, {"shared_expert_intermediate_size": 128}),
+    "granitemoe_swa": ("granite_swa", {"hidden_size": 256}, {"shared_expert_intermediate_size": 128}),
     "ernie4_5_moe": ("ernie4_5", {}, {}),
     "lfm2_moe": ("lfm2", {}, SIGMOID),
     "flex_olmo": ("olmo2", {}, {}),
@@ -50,7 +51,8 @@ NATIVE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "hunyuan_v1_moe": ("hunyuan_v1_dense", {}, {"shared_expert_intermediate_size": 192}),
     "qwen3_5_moe_text": ("qwen3_5_text", {}, {"shared_expert_intermediate_size": 128, "shared_expert_gate": True}),
     "glm4_moe": ("qwen3", {}, SIGMOID | {"first_k_dense_replace": 1, "shared_expert_intermediate_size": 192}),
-    "dots1": ("qwen3", {}, SIGMOID | {"shared_expert_intermediate_size": 192}),
+    # llama.cpp gives it as many key-value heads as heads.
+    "dots1": ("qwen3", {"num_key_value_heads": 4}, SIGMOID | {"shared_expert_intermediate_size": 192}),
     "solar_open": ("llama", {}, SIGMOID | {"shared_expert_intermediate_size": 192}),
 }
 # What no native family of transformers holds as it is, and our own code computes: routers and experts of several kinds.

@@ -14,6 +14,12 @@ from tests.source_releases import fetch_files
 
 pytestmark = pytest.mark.interop
 PROGRAMS = Path(__file__).parent / "programs"
+# What the converter or llama.cpp itself asks of a family beyond its layout, and how it says so.
+NEEDS = {
+    "glm4_moe": ("the special tokens of GLM's tokenizer", "[gMASK]"),
+    "ernie4_5_moe": ("Ernie's tokenizer.model", "tokenizer.model"),
+    "flex_olmo": ("a family that it knows", "FlexOlmoForCausalLM"),
+}
 CONVERTER = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/")
 
 
@@ -29,8 +35,13 @@ def llama_cpp() -> Path:
 def test_a_converted_export_computes_the_same(family, native, llama_cpp, record, tmp_path):
     environment, checkpoint = installed("llama_cpp"), native(family)
     gguf, answers = tmp_path / "model.gguf", checkpoint.write_answers(tmp_path / "answers.json")
-    convert = (PROGRAMS / "convert_to_gguf.py", llama_cpp, checkpoint.folder)
-    environment.output("python", *convert, "--outfile", gguf, "--outtype", "f32")
+    convert = ("python", PROGRAMS / "convert_to_gguf.py", llama_cpp, checkpoint.folder, "--outfile", gguf)
+    if family in NEEDS:
+        needs, said = NEEDS[family]
+        assert said in environment.run(*convert, "--outtype", "f32").stderr
+        record(environment, f"export to {family}", f"not converted here: it needs {needs}")
+        return
+    environment.output(*convert, "--outtype", "f32")
     environment.output("python", PROGRAMS / "llama_cpp_logits.py", gguf, answers, tmp_path / "out")
     with numpy.load(tmp_path / "out.npz") as file:
         logits = torch.cat([torch.from_numpy(file[name]) for name in sorted(file)])

@@ -11,6 +11,8 @@ from tests.interop.models import NATIVE, Checkpoint
 
 pytestmark = pytest.mark.interop
 PROGRAM = Path(__file__).parent / "programs" / "vllm_generate.py"
+# What does not run in this environment, how it says so, and why.
+NEEDS = {"qwen3_5_moe_text": ("failed to be inspected", "torchvision, of which PyPI has no build for this torch")}
 # One process for everything, and a cache of keys and values of 1 GiB.
 VARIABLES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
@@ -46,6 +48,11 @@ def of_native(native, tmp_path_factory) -> dict[str, dict]:
 
 @pytest.mark.parametrize("family", NATIVE)
 def test_an_export_gives_the_tokens_of_generate(family, native, of_native, record):
+    if family in NEEDS:
+        said, needs = NEEDS[family]
+        assert said in of_native[family]["error"]
+        record(installed("vllm"), f"export to {family}", f"does not run here: it needs {needs}")
+        return
     difference = largest_difference(native(family), of_native[family])
     assert difference <= 1e-4
     record(installed("vllm"), f"export to {family}", f"tokens equal; log-probabilities {difference:.1e}")
