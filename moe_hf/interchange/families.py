@@ -119,7 +119,7 @@ GRANITE = {
     "width": "intermediate_size",
     "dense_width": None,
     "norm_topk_prob": None,
-    "servers_divide": "llama.cpp",
+    "servers_divide": "vLLM and llama.cpp",
 }
 
 # In the order in which "auto" tries them. First those that hold a model as it is, and among them those that most servers

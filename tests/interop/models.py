@@ -45,7 +45,7 @@ NATIVE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "granitemoeshared": ("granite", MULTIPLIERS | {"hidden_size": 256}, {"shared_expert_intermediate_size": 128}),
     "granitemoe_swa": ("granite_swa", {"hidden_size": 256}, {"shared_expert_intermediate_size": 128}),
     "ernie4_5_moe": ("ernie4_5", {}, {}),
-    "lfm2_moe": ("lfm2", {}, SIGMOID),
+    "lfm2_moe": ("lfm2", {"hidden_size": 256}, SIGMOID),
     "flex_olmo": ("olmo2", {}, {}),
     "cohere2_moe": ("cohere2", {}, {}),
     "hunyuan_v1_moe": ("hunyuan_v1_dense", {}, {"shared_expert_intermediate_size": 192}),

@@ -96,14 +96,13 @@ def test_transformers_server_answers_for_an_export_with_the_tokens_of_generate(n
     record(environment, "`transformers serve` on an export to mixtral", f"{len(PROMPTS)} completions and a chat equal")
 
 
-def test_transformers_server_cannot_load_a_class_that_is_not_its_own(llama, record, tmp_path):
+def test_transformers_server_cannot_load_a_class_that_is_not_its_own(llama, record):
     environment = installed("serve")
-    command = ("transformers", "serve", llama.folder, "--trust-remote-code")
-    with server(environment, tmp_path / "log", *command) as address:
-        with pytest.raises((urllib.error.HTTPError, ConnectionError)):
-            ask(address, "/v1/completions", model=str(llama.folder), prompt=PROMPTS[0])
+    done = environment.run(
+        "transformers", "serve", llama.folder, "--trust-remote-code", "--device", "cpu", seconds=300
+    )
     said = "has no attribute MoEForCausalLM"
-    assert said in (tmp_path / "log").read_text()
+    assert done.returncode and said in done.stderr
     record(environment, "`transformers serve --trust-remote-code` on our folder", f"does not run: transformers {said}")
 
 
