@@ -127,13 +127,7 @@ def add_expert_lora(model: nn.Module, config: ExpertLoraConfig) -> nn.Module:
     Raises:
         MoEError: the config does not fit the model, or its experts cannot have adapters; the model is then unchanged.
     """
-    blocks = find_moe_blocks(model)
-    if not blocks:
-        raise MoEError(f"{type(model).__name__} has no MoE block. Upcycle a dense model first.")
-    if config.experts is None:
-        chosen = {name: tuple(range(experts_in(block.experts))) for name, block in blocks.items()}
-    else:
-        chosen = ExpertSelection.load(config.experts).resolve(model)
+    chosen, blocks = chosen_experts(model, config), find_moe_blocks(model)
     for name in chosen:
         _check(name, blocks[name].experts, config)
     distributed = getattr(getattr(model, "config", None), "distributed_config", None)
@@ -150,6 +144,20 @@ def add_expert_lora(model: nn.Module, config: ExpertLoraConfig) -> nn.Module:
         experts.add_module(CHILD, adapter)
         run_in_place_of(experts, expert_lora_forward)
     return model
+
+
+def chosen_experts(model: nn.Module, config: ExpertLoraConfig) -> dict[str, tuple[int, ...]]:
+    """The experts that get adapters by the name of their block.
+
+    Raises:
+        MoEError: there is no MoE block, or the config names experts that are not there.
+    """
+    blocks = find_moe_blocks(model)
+    if not blocks:
+        raise MoEError(f"{type(model).__name__} has no MoE block. Upcycle a dense model first.")
+    if config.experts is None:
+        return {name: tuple(range(experts_in(block.experts))) for name, block in blocks.items()}
+    return ExpertSelection.load(config.experts).resolve(model)
 
 
 def _check(name: str, experts: nn.Module, config: ExpertLoraConfig) -> None:

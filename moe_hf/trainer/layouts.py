@@ -27,6 +27,7 @@ from transformers.distributed import DistributedConfig
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.scopes import find_moe_blocks
+from moe_hf.inspection import EXPERT_COUNT_NAMES
 from moe_hf.modeling.parallel_plans import refuse_heads
 
 
@@ -176,7 +177,7 @@ def check_config(config: PreTrainedConfig, layout: DistributedConfig | None) -> 
     if layout is None:
         return
     refuse_heads(config, layout.tp_size)
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+    for name in EXPERT_COUNT_NAMES:
         experts = getattr(config, name, None)
         # With a number per layer the model says it, as it is built.
         if isinstance(experts, int) and getattr(config, "num_experts_per_layer", None) is None:

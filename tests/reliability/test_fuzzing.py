@@ -25,12 +25,12 @@ from moe_hf.checksums import file_checksum, safetensors_header
 from moe_hf.data import load_text
 from moe_hf.finetuning import ExpertScores, ExpertSelection, score_experts
 from moe_hf.inference import load_low_memory, quantize_experts, save_low_memory
-from moe_hf.inspection import load_config
 from moe_hf.reporting.card_facts import training_facts
 from moe_hf.resources import resource_path
 from moe_hf.saving import MANIFEST_NAME, check_shard_index, verify_manifest, write_manifest
 from moe_hf.trainer.arguments import DataArguments, FinetuneArguments, ModelArguments, MoEArgumentParser
 from moe_hf.trainer.chats import ChatDataArguments, load_chats
+from moe_hf.weight_checks import check_structure
 from moe_hf.weight_files import CheckpointReader
 from tests.reliability.mutations import JSON, damaged_safetensors, damaged_text, mutated, to_bytes
 from tests.tiny_models import random_ids, tiny_config, tiny_native_moe
@@ -78,12 +78,14 @@ class TestReaders:
 
         _run(given_fields, lambda fields: MoEConfig(**fields))
 
-    def test_files_of_a_configuration(self, tmp_path):
-        def read(content):
-            (tmp_path / "config.json").write_bytes(content)
-            load_config(str(tmp_path))
+    def test_files_of_a_configuration(self, copy):
+        ours = json.loads((copy / "config.json").read_text())
 
-        _run(damaged_text(mutated(OURS) | mutated(DENSE)), read)
+        def read(content):
+            (copy / "config.json").write_bytes(content)
+            check_structure(copy)
+
+        _run(damaged_text(st.one_of(mutated(ours), mutated(ours), mutated(DENSE))), read)
 
     def test_indexes(self, tmp_path):
         shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -201,7 +203,9 @@ class TestReaders:
         files = {name: (folder / name).read_bytes() for name in ("low_memory.json", "config.json", MANIFEST_NAME)}
         weights = folder / "weights" / "model.safetensors"
         valid_weights = weights.read_bytes()
-        changed = [damaged_text(mutated(json.loads(files[name]))).map(lambda c, name=name: {name: c}) for name in files]
+        changed = [
+            damaged_text(mutated(json.loads(files[name]))).map(lambda c, name=name: {name: c}) for name in files
+        ]
         changed.append(damaged_safetensors(weights).map(lambda content: {"weights/model.safetensors": content}))
 
         def read(example):
