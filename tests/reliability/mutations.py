@@ -2,6 +2,7 @@
 
 import json
 import struct
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def _changed(valid: Any, changes: list[tuple[tuple, Any]]) -> Any:
             elif new is _TWICE:
                 owner.append(owner[last])
             else:
-                owner[last] = new
+                # A copy: later changes must not reach into `valid`, or into what is put in twice.
+                owner[last] = deepcopy(new)
         except (KeyError, IndexError, TypeError):
             # An earlier change took the place away.
             continue
