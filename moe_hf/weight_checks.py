@@ -103,9 +103,10 @@ def check_structure(folder: str | os.PathLike) -> None:
 
 def _empty_model(folder: Path, config: MoEConfig) -> torch.nn.Module:
     """The model that was saved, on the meta device."""
-    name = (config.architectures or ["MoEForCausalLM"])[0]
     classes = {cls.__name__: cls for cls in _MODELS}
-    if name not in classes:
+    names = config.architectures or ["MoEForCausalLM"]
+    name = names[0] if isinstance(names, list) else names
+    if not isinstance(name, str) or name not in classes:
         raise MoEError(f"{folder}: its architecture is {name!r}; it must be one of {list(classes)}.")
     with config_errors(folder), torch.device("meta"):
         model = classes[name](config)

@@ -109,13 +109,13 @@ def _changed(valid: Any, changes: list[tuple[tuple, Any]]) -> Any:
                 del owner[last]
             elif new is _TWICE and isinstance(owner, dict):
                 # A key that is nearly right, with a value that was right elsewhere.
-                owner[f"{last}_"] = owner[last]
+                owner[f"{last}_"] = deepcopy(owner[last])
             elif new is _TWICE:
-                owner.append(owner[last])
+                owner.append(deepcopy(owner[last]))
             else:
                 # A copy: later changes must not reach into `valid`, or into what is put in twice.
                 owner[last] = deepcopy(new)
-        except (KeyError, IndexError, TypeError):
+        except (AttributeError, KeyError, IndexError, TypeError):
             # An earlier change took the place away.
             continue
     return result
