@@ -30,7 +30,7 @@ from moe_hf.inference.offload import WEIGHTS_FOLDER, check_residents, tensor_nam
 from moe_hf.inference.quantize import QuantizedMatrices, expert_modules, set_stored
 from moe_hf.inference.schemes import QuantizationScheme
 from moe_hf.inspection import config_errors, load_config
-from moe_hf.kernels import StoredExperts, describe_experts
+from moe_hf.kernels import StoredExperts, describe_experts, leave_to_each_process
 from moe_hf.modeling import modeling_moe
 from moe_hf.saving import atomic_folder, refuse_existing, verify_manifest
 from moe_hf.weight_checks import refuse_more_than_there_is
@@ -175,6 +175,7 @@ def load_low_memory(
             )
         set_stored(owners[owner], name, StoredExperts(source, fact.swapped))
     _load_rest(model, reader, taken, device)
+    leave_to_each_process(model)
     return model.eval()
 
 
