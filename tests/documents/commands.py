@@ -1,0 +1,173 @@
+"""Runs the commands of documents in this process, where imports have been paid for, and checks those that are not run.
+
+`moe-hf`, `python` and `accelerate launch` are run; a block with another command needs a marker.
+"""
+
+import glob
+import os
+import re
+import runpy
+import shlex
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from moe_hf.cli import app
+from moe_hf.trainer.arguments import MoEArgumentParser
+from tests.documents.blocks import ROOT
+from tests.processes import launch
+
+
+RUN = ("moe-hf", "python", "accelerate launch")
+# What a run of several processes gets beside its command; in this process `time_lapse` does it.
+SHORT = ("--max_steps", "2", "--dataset", "my_texts", "--block_size", "64", "--save_steps", "2")
+MOST_PROCESSES = 2
+OPTIONS_OF_LAUNCH = ("--config_file", "--num_processes", "--mixed_precision", "--machine_rank", "--main_process_ip")
+
+
+class CommandError(Exception):
+    """A command of a document that fails, or that cannot be run here."""
+
+
+def commands_of(script: str) -> list[list[str]]:
+    """The commands of a shell block, split as a shell does: comments left out, lines joined, `*` expanded."""
+    joined = re.sub(r"\\\n", " ", script)
+    return [words for line in joined.splitlines() if (words := shlex.split(line.removeprefix("$ "), comments=True))]
+
+
+def run(words: list[str]) -> None:
+    """Run one command in the current folder."""
+    words = [found for word in words for found in (sorted(glob.glob(word)) if "*" in word else [word])]
+    environment, words = _environment(words)
+    if words[0] == "moe-hf":
+        result = CliRunner().invoke(app, words[1:])
+        _check(words, result.exit_code, result.output, result.exception)
+    elif words[0] == "python":
+        _run_program(words[1:])
+    elif words[:2] == ["accelerate", "launch"]:
+        options, program = _launch_options(words[2:])
+        if _processes(options) > MOST_PROCESSES:
+            raise CommandError(f"{_processes(options)} processes are more than the {MOST_PROCESSES} that tests start")
+        if _processes(options) == 1:
+            _run_program(program)
+        else:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("tests.processes.ROOT", Path.cwd())
+                for name, value in environment.items():
+                    patch.setenv(name, value)
+                launch([sys.executable, "-m", "accelerate.commands.launch", *words[2:], *SHORT])
+    else:
+        raise CommandError(f"{words[0]!r} is not run here: tests run {', '.join(RUN)}")
+
+
+def check(words: list[str]) -> None:
+    """Raise `CommandError` where a command that is not run has an option, a program or a file that is not there."""
+    _, words = _environment(words)
+    if words[0] == "moe-hf":
+        _check_our_command(words[1:])
+    elif words[0] == "make":
+        for target in (word for word in words[1:] if "=" not in word):
+            if not re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE):
+                raise CommandError(f"there is no target {target} in the Makefile")
+    elif words[0] == "python" or words[:2] == ["accelerate", "launch"]:
+        options, program = ({}, words[1:]) if words[0] == "python" else _launch_options(words[2:])
+        if "--config_file" in options and not (ROOT / options["--config_file"]).is_file():
+            raise CommandError(f"there is no {options['--config_file']}")
+        _check_program(program)
+    elif "/" in words[0] and not words[0].startswith(".venv") and not (ROOT / words[0]).is_file():
+        raise CommandError(f"there is no {words[0]}")
+
+
+def _environment(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Variables that are set before a command, and the command."""
+    given = {}
+    while words and re.match(r"^[A-Z_]+=", words[0]):
+        name, value = words[0].split("=", 1)
+        given[name], words = value, words[1:]
+    return given, words
+
+
+def _launch_options(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    options = {}
+    while words and words[0].startswith("--"):
+        if words[0] not in OPTIONS_OF_LAUNCH:
+            raise CommandError(f"accelerate launch {words[0]} is not known here: add it to OPTIONS_OF_LAUNCH")
+        options[words[0]], words = words[1], words[2:]
+    return options, words
+
+
+def _processes(options: dict[str, str]) -> int:
+    settings = yaml.safe_load(Path(options["--config_file"]).read_text()) if "--config_file" in options else {}
+    return int(options.get("--num_processes", settings.get("num_processes", 1)))
+
+
+def _run_program(words: list[str]) -> None:
+    """`-m module ARGUMENTS` or `FILE ARGUMENTS`, as `__main__`."""
+    program, arguments = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program, *arguments])
+        try:
+            if words[0] == "-m":
+                runpy.run_module(program, run_name="__main__")
+            else:
+                runpy.run_path(program, run_name="__main__")
+        except SystemExit as stop:
+            _check(words, stop.code or 0, "", None)
+
+
+def _check(words: list[str], code: int, output: str, error: BaseException | None) -> None:
+    if code != 0:
+        raise CommandError(f"{shlex.join(words)} ends with {code}: {output[-2000:]}") from error
+
+
+def _check_our_command(words: list[str]) -> None:
+    group = typer.main.get_command(app)
+    command = group.commands.get(words[0]) if words else None
+    if command is None:
+        raise CommandError(f"there is no moe-hf {' '.join(words[:1])}")
+    try:
+        command.make_context(words[0], list(words[1:]))
+    except Exception as error:
+        raise CommandError(f"moe-hf {shlex.join(words)}: {error}") from error
+
+
+def _check_program(words: list[str]) -> None:
+    if words[0] == "-m":
+        if not (ROOT / f"{words[1].replace('.', '/')}.py").is_file() and not (ROOT / words[1].replace(".", "/")).is_dir():
+            import_module(words[1])
+        return
+    if not (ROOT / words[0]).is_file():
+        raise CommandError(f"there is no {words[0]}")
+    if words[0].startswith("training/"):
+        _parse_only(words)
+
+
+def _parse_only(words: list[str]) -> None:
+    """Let a training program read its command line, and stop there."""
+    parse = MoEArgumentParser.parse
+
+    def stop(self: MoEArgumentParser, argv: list[str] | None = None) -> None:
+        parse(self, argv)
+        raise _Parsed
+
+    here = os.getcwd()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoEArgumentParser, "parse", stop)
+        patch.chdir(ROOT)
+        try:
+            _run_program(words)
+        except _Parsed:
+            return
+        except ValueError as error:
+            raise CommandError(f"{shlex.join(words)}: {error}") from error
+        finally:
+            os.chdir(here)
+
+
+class _Parsed(Exception):
+    pass
