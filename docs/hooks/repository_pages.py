@@ -110,7 +110,7 @@ def _first_line(path: Path) -> str:
 def _entries(nav: list | dict | str | None) -> Iterator[str]:
     if isinstance(nav, str):
         yield nav
-    for entry in (nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else ()):
+    for entry in nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else ():
         yield from _entries(entry)
 
 

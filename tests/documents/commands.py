@@ -4,6 +4,7 @@
 """
 
 import glob
+import itertools
 import os
 import re
 import runpy
@@ -20,12 +21,22 @@ from typer.testing import CliRunner
 from moe_hf.cli import app
 from moe_hf.trainer.arguments import MoEArgumentParser
 from tests.documents.blocks import ROOT
+from tests.documents.stand_ins import MOST_STEPS
 from tests.processes import launch
 
 
 RUN = ("moe-hf", "python", "accelerate launch")
 # What a run of several processes gets beside its command; in this process `time_lapse` does it.
-SHORT = ("--max_steps", "2", "--dataset", "my_texts", "--block_size", "64", "--save_steps", "2")
+SHORT = (
+    "--max_steps",
+    f"{MOST_STEPS}",
+    "--dataset",
+    "my_texts",
+    "--block_size",
+    "64",
+    "--save_steps",
+    f"{MOST_STEPS}",
+)
 MOST_PROCESSES = 2
 OPTIONS_OF_LAUNCH = ("--config_file", "--num_processes", "--mixed_precision", "--machine_rank", "--main_process_ip")
 
@@ -61,6 +72,7 @@ def run(words: list[str]) -> None:
                 for name, value in environment.items():
                     patch.setenv(name, value)
                 launch([sys.executable, "-m", "accelerate.commands.launch", *words[2:], *SHORT])
+            _rename_checkpoint(program)
     else:
         raise CommandError(f"{words[0]!r} is not run here: tests run {', '.join(RUN)}")
 
@@ -106,6 +118,14 @@ def _processes(options: dict[str, str]) -> int:
     return int(options.get("--num_processes", settings.get("num_processes", 1)))
 
 
+def _rename_checkpoint(program: list[str]) -> None:
+    """Give the checkpoint of a short run the number that the run of its recipe would have ended with."""
+    options = dict(itertools.pairwise(program))
+    steps = yaml.safe_load((ROOT / "training" / "recipes" / f"{options['--config']}.yaml").read_text())["max_steps"]
+    output = Path(options["--output_dir"])
+    (output / f"checkpoint-{MOST_STEPS}").rename(output / f"checkpoint-{steps}")
+
+
 def _run_program(words: list[str]) -> None:
     """`-m module ARGUMENTS` or `FILE ARGUMENTS`, as `__main__`."""
     program, arguments = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
@@ -138,7 +158,10 @@ def _check_our_command(words: list[str]) -> None:
 
 def _check_program(words: list[str]) -> None:
     if words[0] == "-m":
-        if not (ROOT / f"{words[1].replace('.', '/')}.py").is_file() and not (ROOT / words[1].replace(".", "/")).is_dir():
+        if (
+            not (ROOT / f"{words[1].replace('.', '/')}.py").is_file()
+            and not (ROOT / words[1].replace(".", "/")).is_dir()
+        ):
             import_module(words[1])
         return
     if not (ROOT / words[0]).is_file():

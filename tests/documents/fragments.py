@@ -34,9 +34,9 @@ def complaints(code: str) -> Iterator[str]:
     for name in import_module("moe_hf").__all__:
         known.setdefault(name, getattr(known["moe_hf"], name))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and _value(node.value, known) is known["moe_hf"]:
-            if not hasattr(known["moe_hf"], node.attr):
-                yield f"moe_hf.{node.attr}"
+        of_package = isinstance(node, ast.Attribute) and _value(node.value, known) is known["moe_hf"]
+        if of_package and not hasattr(known["moe_hf"], node.attr):
+            yield f"moe_hf.{node.attr}"
         if isinstance(node, ast.Call):
             yield from _unknown_keywords(node, known)
 

@@ -36,7 +36,9 @@ def corpus() -> Dataset:
     """A few short documents of both domains, in the place of CPython's library."""
     code = (ROOT / "moe_hf" / "data.py").read_text()
     prose = (ROOT / "LICENSE").read_text()
-    pieces = [(name, text[i * 900 : (i + 1) * 900]) for name, text in (("code", code), ("prose", prose)) for i in range(6)]
+    pieces = [
+        (name, text[i * 900 : (i + 1) * 900]) for name, text in (("code", code), ("prose", prose)) for i in range(6)
+    ]
     return Dataset.from_dict(
         {
             "text": [text for _, text in pieces],
@@ -94,10 +96,9 @@ NAMES: dict[str, Callable[[], Any]] = {
     "dense": dense,
     "dense_config": lambda: dense().config,
     "input_ids": input_ids,
-    "loader": lambda: batches(),
+    "loader": batches,
     "model": moe,
     "my_tokenised_blocks": rows,
-    "optimizer": lambda: None,
     "others": batches,
     "rows": rows,
     "sft_args": lambda: arguments(SFTConfig),

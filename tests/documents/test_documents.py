@@ -1,10 +1,12 @@
 """Every command and every piece of Python in the documents is run on tiny models, or says why it is not."""
 
 import os
+import sys
 from types import ModuleType
 
 import pytest
 
+from moe_hf.modeling.routers import ROUTERS
 from tests.documents import commands, fragments
 from tests.documents.blocks import PAGES, PYTHON, ROOT, Block, blocks_of, complaint
 from tests.documents.stand_ins import time_lapse, write_folders
@@ -27,6 +29,15 @@ def stand_ins(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stand-ins")
     write_folders(folder)
     return folder
+
+
+@pytest.fixture
+def no_router_left():
+    """What a page registers is gone after it."""
+    known = set(ROUTERS)
+    yield
+    for name in set(ROUTERS) - known:
+        del ROUTERS[name]
 
 
 class Reader:
@@ -72,10 +83,13 @@ def test_block_has_a_language_and_a_marker_that_says_enough(block):
         fail(block, found)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(b.is_run for b in blocks_of(page))], ids=lambda p: str(p.relative_to(ROOT)))
-def test_page_runs(page, stand_ins, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(b.is_run for b in blocks_of(page))], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_page_runs(page, stand_ins, no_router_left, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT))
+    # As for `python` at a prompt: last, so that the programs are found in the checkout.
+    monkeypatch.setattr(sys, "path", [*sys.path, ""])
     reader = Reader(page, stand_ins, tmp_path)
     for block in blocks_of(page):
         if not block.is_run:

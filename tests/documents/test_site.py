@@ -1,0 +1,88 @@
+"""The site: it builds without a warning, has a place for every public name and command, and asks no other machine."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import moe_hf
+from moe_hf.cli import app
+from tests.documents.blocks import PAGES, ROOT
+
+
+# Attributes that fetch something when a page is opened, unlike a link that is followed.
+FETCHED = re.compile(
+    r"<(?:script|img|iframe|source|link(?! rel=\"canonical\"))\b[^>]*?\b(?:src|href)=\"?(?:https?:)?//[^\s\">]+"
+)
+HTML_LIMIT = 40
+
+
+def test_every_public_name_has_one_place_in_the_reference():
+    pages = sorted((ROOT / "docs" / "api").glob("*.md"))
+    shown = [name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)]
+    public = {f"moe_hf.{name}" for name in moe_hf.__all__}
+    missing = sorted(public - set(shown))
+    assert not missing, f"add `::: {missing[0]}` to a page of docs/api, one line for each of {missing}"
+    assert sorted(shown) == sorted(set(shown)), "a name stands twice"
+    assert {name for name in shown if name.count(".") == 1} == public
+
+
+def test_every_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text()
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    missing = sorted(page for page in pages if not re.search(rf"[ -]{re.escape(page)}$", text, re.MULTILINE))
+    assert not missing, f"add {missing} to nav in mkdocs.yml"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The site, built as `make docs` builds it."""
+    if importlib.util.find_spec("material") is None or importlib.util.find_spec("mkdocstrings") is None:
+        pytest.skip("mkdocs-material or mkdocstrings is not installed: pip install -e '.[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return folder
+
+
+def test_site_builds_with_warnings_as_errors(site):
+    assert (site / "index.html").is_file() and len(list(site.rglob("*.html"))) > HTML_LIMIT
+
+
+def test_pages_fetch_nothing_from_other_machines(site):
+    fetched = {match for page in site.rglob("*.html") for match in FETCHED.findall(page.read_text())}
+    styles = {
+        page.name for page in site.rglob("*.css") if re.search(r"(@import|url\()[\"' ]*(https?:)?//", page.read_text())
+    }
+    assert (fetched, styles) == (set(), set())
+
+
+def test_reference_shows_parameters_types_and_links(site):
+    page = (site / "api" / "upcycling.html").read_text()
+    entry = page[page.index('id="moe_hf.upcycle"') : page.index('id="moe_hf.upcycle_checkpoint"')]
+    text = re.sub(r"<[^>]+>", "", entry)
+    for name in ("dense", "num_experts", "allow_inexact", "config_fields"):
+        assert re.search(rf"^\s*{name}\b", text, re.MULTILINE), name
+    assert "PreTrainedModel | str | Path" in text
+    assert 'href="models.html#moe_hf.MoEConfig"' in entry and 'href="errors.html#moe_hf.MoEError"' in entry
+    # What transformers' style writes of types, optional arguments and references.
+    for left_over in ("*optional*", "(`", "[`", "Args:"):
+        assert left_over not in text, left_over
+
+
+def test_command_reference_has_every_command_and_option(site):
+    text = re.sub(r"<[^>]+>", "", (site / "cli.html").read_text())
+    for name, command in typer.main.get_command(app).commands.items():
+        assert f"moe-hf {name}" in text
+        for option in (option for parameter in command.params for option in parameter.opts if option.startswith("--")):
+            assert option in text, f"{name} {option}"
+
+
+def test_search_has_the_pages(site):
+    index = (site / "search" / "search_index.js").read_text()
+    assert "api/upcycling.html#moe_hf.upcycle" in index and "guides/one_gpu.html" in index
