@@ -94,10 +94,10 @@ def _knows(item: griffe.Object, name: str) -> bool:
 
 def _describe_fields(item: griffe.Class) -> None:
     """Give the fields of a dataclass whose help is in their metadata, as argument parsers want it, that help."""
-    value = getattr(import_module(item.module.path), item.name, None)
-    if not dataclasses.is_dataclass(value):
+    if "metadata=" not in item.source:
         return
-    for field in dataclasses.fields(value):
+    value = getattr(import_module(item.module.path), item.name, None)
+    for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
         text, member = field.metadata.get("help"), item.members.get(field.name)
         if text and member is not None and member.docstring is None:
             member.docstring = griffe.Docstring(text, parent=member)

@@ -8,7 +8,7 @@ work in the repository too.
 import ast
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -19,7 +19,9 @@ from mkdocs.structure.pages import Page
 SOURCES = {".py": "python", ".yaml": "yaml", ".slurm": "bash", ".txt": "text", ".md": "markdown", ".jinja": "html"}
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#\s])")
 FENCE = re.compile(r"^(`{3,}).*?^\1`*$", re.MULTILINE | re.DOTALL)
-ENTRY = "README.md"
+# MkDocs takes a README for the start page, which the site has already.
+ENTRY = {"README.md": "readme.md"}
+DIAGRAM = re.compile(r"^```mermaid\n.*?^```\n", re.MULTILINE | re.DOTALL)
 
 
 def root_of(config: MkDocsConfig) -> Path:
@@ -30,25 +32,25 @@ def root_of(config: MkDocsConfig) -> Path:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what the navigation and the pages name, and what is named there in turn."""
     root = root_of(config)
-    paths = [path for path in _entries(config.nav) if files.get_file_from_path(path) is None]
-    paths += [path for file in list(files.documentation_pages()) for path in _links(root, file.src_uri)]
+    paths = [path.removesuffix("/index.md") for path in _entries(config.nav)]
+    paths += [path for file in files.documentation_pages() for path in _links(root, file.src_uri)]
     while paths:
-        path = str(PurePosixPath(paths.pop()))
-        path = path.removesuffix("/index.md")
-        place = place_of(root, path)
-        if not (root / path).exists() or files.get_file_from_path(place) is not None:
+        path = paths.pop()
+        if not (root / path).exists() or files.get_file_from_path(place_of(root, path)) is not None:
             continue
+        place = place_of(root, path)
         files.append(_file(root, path, place, config))
-        if place == path:
-            paths += _links(root, path)
-        elif (root / path).is_dir():
+        if (root / path).is_dir():
             paths += [f"{path}/{name}" for name in _listing(root / path)]
+        else:
+            paths += _links(root, place)
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links that lead out of docs/ to the place of what they name."""
+    """Turn links that lead out of docs/ to the place of what they name; leave out diagrams, which need other machines."""
     root, own = root_of(config), page.file.src_uri
+    markdown = DIAGRAM.sub("", markdown)
 
     def turned(match: re.Match) -> str:
         path = _resolve(root, own, match[1])
@@ -61,13 +63,20 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def place_of(root: Path, path: str) -> str:
     """Where the site has a path of the repository."""
-    if path == ENTRY:
-        return "index.md"
+    if path in ENTRY:
+        return ENTRY[path]
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     if (root / path).is_dir():
         return f"{path}/index.md"
     return f"{path}.md" if _is_source(root / path) else path
+
+
+def path_of(root: Path, place: str) -> str:
+    """The path in the repository of a page of the site."""
+    if (root / "docs" / place).is_file():
+        return f"docs/{place}"
+    return next((path for path, entry in ENTRY.items() if entry == place), place)
 
 
 def _is_source(path: Path) -> bool:
@@ -116,29 +125,26 @@ def _entries(nav: list | dict | str | None) -> Iterator[str]:
 
 def _links(root: Path, place: str) -> list[str]:
     """What a page names outside of docs/, by its path in the repository."""
-    source = root / "docs" / place
-    source = source if source.is_file() else root / place
+    source = root / path_of(root, place)
     if source.suffix != ".md" or not source.is_file():
         return []
-    found = []
-    _outside_fences(source.read_text(), lambda text: found.extend(LINK.findall(text)) or text)
-    paths = [_resolve(root, place, link) for link in found]
+    links = LINK.findall(FENCE.sub("", source.read_text()))
+    paths = [_resolve(root, place, link) for link in links]
     return [path for path in paths if path is not None and not path.startswith("docs/")]
 
 
 def _resolve(root: Path, place: str, link: str) -> str | None:
-    """The path in the repository that a link on a page names; None where there is none, or one within docs/ already."""
+    """The path in the repository that a link on a page names; None where there is none, or both are in docs/."""
     if ":" in link or link.startswith("/"):
         return None
-    in_docs = (root / "docs" / place).is_file()
-    source = PurePosixPath("docs", place) if in_docs else PurePosixPath(place)
-    path = os.path.normpath(source.parent / link)
-    if path.startswith("..") or not (root / path).exists() or (in_docs and path.startswith("docs/")):
+    own = path_of(root, place)
+    path = os.path.normpath(PurePosixPath(own).parent / link)
+    if path.startswith("..") or not (root / path).exists() or (own.startswith("docs/") and path.startswith("docs/")):
         return None
     return path
 
 
-def _outside_fences(markdown: str, change: "callable") -> str:
+def _outside_fences(markdown: str, change: Callable[[str], str]) -> str:
     parts, start = [], 0
     for match in FENCE.finditer(markdown):
         parts += [change(markdown[start : match.start()]), match[0]]

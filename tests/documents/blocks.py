@@ -15,10 +15,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
-SHELL = ("bash", "sh", "shell", "console", "zsh")
-PYTHON = ("python", "py", "pycon", "python3")
+SHELL = ("bash", "sh", "shell")
+PYTHON = ("python",)
 # Shown, not run: output, diagrams, data.
-SHOWN = ("text", "yaml", "json", "mermaid")
+SHOWN = ("text", "yaml", "json", "toml", "mermaid")
 FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<language>[^\n`]*)$")
 MARKER = re.compile(r"^ *<!-- (not run|anew|file)(?:: (.*?))? -->$")
 NAMED_TEST = re.compile(r"(tests/[\w/]+\.py)(?:::(\w+))?")
@@ -75,7 +75,7 @@ def blocks_of(page: Path) -> list[Block]:
 def complaint(block: Block) -> str | None:
     """What is wrong with a block's language or marker; None where nothing is."""
     if block.language not in SHELL + PYTHON + SHOWN and block.marker != "file":
-        return f"the language is {block.language!r}; say bash or python where it is code, text where it is not."
+        return f"the language is {block.language!r}; say bash or python where it is code, text where it is not ({', '.join(SHOWN)})."
     if block.marker in ("not run", "file") and len((block.argument or "").split()) < (block.marker == "not run") + 1:
         return f"<!-- {block.marker}: ... --> says too little."
     if block.marker == "anew" and not block.is_code:

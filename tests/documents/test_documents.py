@@ -111,3 +111,72 @@ def test_block_that_is_not_run_names_what_exists(block):
                 commands.check(words)
     except (commands.CommandError, AssertionError, SyntaxError, ImportError) as error:
         fail(block, error)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("```python\nx = 1\n```", None),
+        ("```\nmoe-hf inspect x\n```", "the language is ''"),
+        ("```console\n$ moe-hf inspect x\n```", "the language is 'console'"),
+        ("<!-- not run: needs a GPU -->\n```bash\nmoe-hf inspect x\n```", None),
+        ("<!-- not run: GPU -->\n```bash\nmoe-hf inspect x\n```", "says too little"),
+        (
+            "<!-- not run: as tests/test_cli.py::test_no_such -->\n```bash\nmoe-hf inspect x\n```",
+            "there is no tests/test_cli",
+        ),
+        ("<!-- file: a.toml -->\n```toml\nx = 1\n```", None),
+    ],
+)
+def test_marker_must_say_enough(text, what, tmp_path):
+    (tmp_path / "page.md").write_text(text + "\n")
+    (block,) = blocks_of(tmp_path / "page.md")
+    assert complaint(block) is None if what is None else what in complaint(block)
+
+
+@pytest.mark.parametrize(
+    ("script", "what"),
+    [
+        ("moe-hf inspect a --no-such-option", "No such option"),
+        ("moe-hf no-such-command", "there is no moe-hf no-such-command"),
+        ("moe-hf upcycle a b \\\n    --experts 8", "No such option"),
+        ("make no-such-target", "no target no-such-target"),
+        ("accelerate launch --config_file training/accelerate/none.yaml training/finetune.py", "none.yaml"),
+        ("X=1 accelerate launch training/finetune.py --config finetune_moe --no_such 1", "no_such"),
+        ("python training/none.py", "there is no training/none.py"),
+        ("python -m benchmarks.none", "there is no benchmarks/none"),
+        ("vllm serve m -d '{\n}'\npython llama.cpp/convert.py m", None),
+        ("moe-hf push a me/b --as auto", None),
+    ],
+)
+def test_commands_that_are_not_run_are_checked(script, what):
+    found = None
+    try:
+        for words in commands.commands_of(script):
+            commands.check(words)
+    except commands.CommandError as error:
+        found = str(error)
+    assert found is None if what is None else what in found
+
+
+@pytest.mark.parametrize(
+    "script", ["pip install x", "vllm serve m", "rm -rf x", "accelerate launch --num_processes 8 a.py"]
+)
+def test_commands_of_others_and_of_many_processes_are_never_run(script):
+    with pytest.raises(commands.CommandError):
+        commands.run(script.split())
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("import moe_hf\nmoe_hf.upcycel(x)", ["moe_hf.upcycel"]),
+        ("moe_hf.verify(a, b, sede=1)", ["moe_hf.verify(sede=...)"]),
+        ("from moe_hf.hub import nothing", ["moe_hf.hub.nothing"]),
+        ("moe_hf.upcycle(a, num_experts=8, any_field=1)", []),
+        ("MoETrainingArguments(output_dir='x', ep_size=8)", []),
+        ("MoETrainingArguments(output_dir='x', ep=8)", ["MoETrainingArguments(ep=...)"]),
+    ],
+)
+def test_python_that_is_not_run_is_checked(code, found):
+    assert list(fragments.complaints(code)) == found

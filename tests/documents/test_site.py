@@ -1,7 +1,9 @@
 """The site: it builds without a warning, has a place for every public name and command, and asks no other machine."""
 
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,14 +40,22 @@ def test_every_page_is_in_the_navigation():
     assert not missing, f"add {missing} to nav in mkdocs.yml"
 
 
+def build(root: Path, folder: Path) -> subprocess.CompletedProcess:
+    """Build the site of a checkout as `make docs` does."""
+    for package in ("material", "mkdocstrings"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install -c constraints.txt -e '.[docs]'")
+    # Without `--quiet`, which hides warnings from the count of a strict build too.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(root), "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The site, built as `make docs` builds it."""
-    if importlib.util.find_spec("material") is None or importlib.util.find_spec("mkdocstrings") is None:
-        pytest.skip("mkdocs-material or mkdocstrings is not installed: pip install -e '.[docs]'")
+    """The site."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = build(ROOT, folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return folder
 
@@ -86,3 +96,25 @@ def test_command_reference_has_every_command_and_option(site):
 def test_search_has_the_pages(site):
     index = (site / "search" / "search_index.js").read_text()
     assert "api/upcycling.html#moe_hf.upcycle" in index and "guides/one_gpu.html" in index
+
+
+@pytest.mark.slow
+def test_every_kind_of_fault_ends_the_build(tmp_path):
+    for name in ("docs", "moe_hf"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    for path in ROOT.iterdir():
+        if path.name in ("benchmarks", "examples", "training", "model_cards") or path.suffix in (".md", ".txt"):
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "docs" / "lost.md").write_text("# Lost\n")
+    faults = ["nowhere.md", "../examples/nowhere.py", "upcycling.md#nowhere", "../benchmarks/README.md#nowhere"]
+    page = tmp_path / "docs" / "training.md"
+    page.write_text(page.read_text() + "\n".join(f"\n[a]({fault})" for fault in faults) + "\n\n[a][moe_hf.nowhere]\n")
+    code = tmp_path / "moe_hf" / "upcycling" / "upcycle.py"
+    code.write_text(code.read_text().replace("        noise (`float`):", "        nose (`float`): see [`nobody`];"))
+    done = build(tmp_path, tmp_path / "site")
+    assert done.returncode == 1
+    warnings = re.findall(r"^WARNING.*(?:\n  - .*)?", done.stderr, re.MULTILINE)
+    for fault in ("lost.md", *(fault.removeprefix("../") for fault in faults), "moe_hf.nowhere", "nose", "nobody"):
+        page, _, anchor = fault.partition("#")
+        assert any(page in warning and anchor in warning for warning in warnings), fault
