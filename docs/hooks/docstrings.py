@@ -31,6 +31,7 @@ PLACES = {
     for page in sorted(PAGES.glob("*.md"))
     for path in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)
 }
+NEXT_NAME = ",\N{NO-BREAK SPACE}"
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 
 
@@ -79,7 +80,8 @@ def _entry(match: re.Match, item: griffe.Object, section: str) -> str:
     # signature for a type. What transformers' `strict` makes of a class has none that can be read.
     member = item.members.get(names[0]) if item.is_class and names[0] not in item.parameters else None
     kind = f" ({member.annotation}, default {member.value})" if section == "Args" and member is not None else ""
-    return f"{match[1]}{', '.join(names)}{kind}:{match[3]}"
+    # griffe takes what follows a plain space for a type.
+    return f"{match[1]}{NEXT_NAME.join(names)}{kind}:{match[3]}"
 
 
 def _knows(item: griffe.Object, name: str) -> bool:

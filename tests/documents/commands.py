@@ -3,6 +3,7 @@
 `moe-hf`, `python` and `accelerate launch` are run; a block with another command needs a marker.
 """
 
+import dataclasses
 import glob
 import itertools
 import os
@@ -10,6 +11,7 @@ import re
 import runpy
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,12 +20,18 @@ import yaml
 from typer.testing import CliRunner
 
 from moe_hf.cli import app
+from moe_hf.trainer import arguments
 from moe_hf.trainer.arguments import MoEArgumentParser
 from tests.documents.blocks import ROOT
 
 
 RUN = ("moe-hf", "python", "accelerate launch")
 OPTIONS_OF_LAUNCH = ("--config_file", "--num_processes", "--mixed_precision", "--machine_rank", "--main_process_ip")
+
+
+# Of `accelerate launch`, which documents name outside of blocks.
+OF_ACCELERATE = {"--cpu", "--multi_gpu", *OPTIONS_OF_LAUNCH}
+INLINE = re.compile(r"`((?:moe-hf|--)[^`]*)`")
 
 
 class CommandError(Exception):
@@ -85,6 +93,28 @@ def check(words: list[str]) -> None:
         raise CommandError(f"there is no {words[0]}")
 
 
+def inline_complaints(text: str) -> Iterator[str]:
+    """Commands of `moe-hf`, and options of it and of the training programs, that a text names and that do not exist."""
+    group = typer.main.get_command(app)
+    options = {
+        name: {o for p in command.params for o in p.opts} | {"--help"} for name, command in group.commands.items()
+    }
+    everywhere = set().union(OF_ACCELERATE, *options.values(), _program_options(), {"--version"})
+    for span in INLINE.findall(text):
+        words = span.split()
+        command = words[1] if words[0] == "moe-hf" and len(words) > 1 and words[1].islower() else None
+        if command is not None and command not in options:
+            yield f"moe-hf {command}"
+            continue
+        known = everywhere if command is None else options[command]
+        yield from (f"{word} in `{span}`" for word in words if word.startswith("--") and word not in known)
+
+
+def _program_options() -> set[str]:
+    kinds = (arguments.FinetuneArguments, arguments.ModelArguments, arguments.DataArguments, arguments.ConfigArguments)
+    return {"--config", *(f"--{field.name}" for kind in kinds for field in dataclasses.fields(kind))}
+
+
 def _without_environment(words: list[str]) -> list[str]:
     """The command after the variables that are set before it."""
     return list(itertools.dropwhile(lambda word: re.match(r"^[A-Z_]+=", word), words))
@@ -106,9 +136,9 @@ def _processes(options: dict[str, str]) -> int:
 
 def _run_program(words: list[str]) -> None:
     """`-m module ARGUMENTS` or `FILE ARGUMENTS`, as `__main__`."""
-    program, arguments = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
+    program, given = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [program, *arguments])
+        patch.setattr(sys, "argv", [program, *given])
         try:
             if words[0] == "-m":
                 runpy.run_module(program, run_name="__main__")

@@ -113,6 +113,18 @@ def test_block_that_is_not_run_names_what_exists(block):
         fail(block, error)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_options_named_in_the_text_exist(page):
+    found = list(commands.inline_complaints(page.read_text()))
+    assert not found, f"{page.relative_to(ROOT)}: there is no {', '.join(found)}"
+
+
+def test_commands_and_options_in_a_text_are_checked():
+    text = "`moe-hf upcycel`, `moe-hf export DIR --too x`, `--no-such`; `moe-hf COMMAND --help`, `--ep_size 8`, `--dry-run`"
+    found = ["moe-hf upcycel", "--too in `moe-hf export DIR --too x`", "--no-such in `--no-such`"]
+    assert list(commands.inline_complaints(text)) == found
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [
