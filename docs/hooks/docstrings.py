@@ -64,11 +64,20 @@ def rewritten(text: str, item: griffe.Object) -> str:
         elif section == "Raises" and (match := re.match(r"^( {4})`?(\w+)`?:(.*)$", line)):
             lines.append(f"{match[1]}{match[2]}:{match[3]}")
         elif section == "Returns" and lines[-1] == "Returns:":
-            returns = getattr(item, "returns", None)
-            lines.append(f"    {returns}: {line.strip()}" if returns is not None else line)
+            lines.append(_returned(line.strip(), getattr(item, "returns", None)))
         else:
             lines.append(line)
     return REFERENCE.sub(lambda match: f"[`{match[1]}`][{_target(match[1])}]", "\n".join(lines))
+
+
+def _returned(text: str, annotation: Any) -> str:
+    """The first line of what is returned, with the type from the annotation, once."""
+    if annotation is None:
+        return f"    {text}"
+    named = re.match(r"`([^`]+)`", text)
+    if named and named[1].rpartition(".")[2] == str(annotation).rpartition(".")[2]:
+        text = text[named.end() :].lstrip(" ,:")
+    return f"    {annotation}: {text}"
 
 
 def _entry(match: re.Match, item: griffe.Object, section: str) -> str:

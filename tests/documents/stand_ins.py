@@ -55,7 +55,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def dense(family: str = "llama") -> PreTrainedModel:
-    """A tiny dense model; two seeds would give the same one."""
+    """A tiny dense model, always the same."""
     return tiny_dense(family, **SIZES, pad_token_id=tokenizer().pad_token_id)
 
 
