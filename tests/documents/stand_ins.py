@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, TrainingArguments
 from trl import SFTConfig
 
@@ -128,7 +129,7 @@ def write_folders(folder: Path) -> None:
 
 @contextmanager
 def time_lapse() -> Iterator[None]:
-    """Training ends after two steps, whatever it was asked for, and the built-in text is short.
+    """Training ends after two steps, whatever it was asked for, the built-in text is short, and pictures are empty files.
 
     Checkpoints have the number of the step that was asked for.
     """
@@ -148,6 +149,8 @@ def time_lapse() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingArguments, "__post_init__", shortened)
         patch.setattr(data, "builtin_corpus", corpus)
+        # Drawing is most of a report's time, and what its own tests look at.
+        patch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).touch())
         yield
     for output, steps in asked.items():
         checkpoint = Path(output) / f"checkpoint-{MOST_STEPS}"
