@@ -62,7 +62,7 @@ class Settings:
     intermediate_size: int = 192
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
-    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
     rate_share: float = 0.5  # of a run's steps, to choose its learning rate
     warmup_share: float = 0.05  # of `steps`
     weight_decay: float = 0.1
