@@ -60,7 +60,7 @@ def print_comparison(columns: dict[str, dict[str, float]], output_dir: Path) -> 
 
 
 def _is_compared(name: str, metrics: dict[str, float]) -> bool:
-    is_cost = name.endswith(("runtime", "per_second", "epoch", "tokens"))
+    is_cost = name.endswith(("runtime", "preparation_time", "per_second", "epoch", "tokens"))
     return isinstance(metrics.get(name), int | float) and not is_cost
 
 
