@@ -241,13 +241,17 @@ def finetune(
     model_args, data_args, training_args = parser.parse()
     prepare_run(training_args)
     documents = load_documents(data_args)
-    saved_in = given_dtype(model_args, training_args)
+    saved_in: dict[str, torch.dtype | None] = {}
+
+    def load(loaded_args, args):
+        saved_in[args.output_dir] = given_dtype(loaded_args, args)
+        return load_checkpoint(loaded_args, args)
 
     def train_one(model, tokenizer, args):
-        options = {"trainer_class": trainer_class, "given_dtype": saved_in}
+        options = {"trainer_class": trainer_class, "given_dtype": saved_in[args.output_dir]}
         return train_and_save(make_trainer(model, tokenizer, args, data_args, documents, **options))
 
-    train_beside_control(model_args, training_args, load_checkpoint, train_one)
+    train_beside_control(model_args, training_args, load, train_one)
 
 
 def prepare_run(args: MoETrainingArguments) -> None:

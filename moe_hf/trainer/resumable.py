@@ -37,6 +37,7 @@ from moe_hf.trainer.checkpoints import (
     shared_folder,
     weights_at_hand,
 )
+from moe_hf.trainer.deepspeed import refuse_with_deepspeed
 from moe_hf.trainer.layouts import check_launch, check_model, describe_layout, distribute, is_sharded, layout_of
 
 
@@ -82,8 +83,6 @@ class ResumableTrainer(Trainer):
             raise MoEError(
                 "Accelerate starts no DeepSpeed here, on a CPU or with use_cpu. Leave deepspeed out, or use GPUs."
             )
-        if self._writer.background and self.is_deepspeed_enabled:
-            raise MoEError("async_save does not write the checkpoints of DeepSpeed. Leave it out.")
 
     def train(self, *args, **kwargs):
         """As `Trainer.train`; when it returns, the checkpoints are on the disk."""
@@ -378,6 +377,8 @@ class ResumableTrainer(Trainer):
 
 def _place(model: nn.Module, layout, args: TrainingArguments) -> nn.Module:
     """The model in the layout that is asked for."""
+    if args.deepspeed is not None:
+        refuse_with_deepspeed(model, layout, args)
     find_unused, present = bool(args.ddp_find_unused_parameters), layout_of(model)
     check_model(model, layout, args.world_size, find_unused)
     if layout is None:
