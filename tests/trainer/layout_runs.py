@@ -78,8 +78,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def weights_of(trainer: MoETrainer) -> dict[str, torch.Tensor]:
-    """All weights, on every process."""
-    return {name: whole(tensor).clone() for name, tensor in trainer._unwrapped().state_dict().items()}
+    """All weights, on every process, in host memory."""
+    return {name: whole(tensor).clone().cpu() for name, tensor in trainer._unwrapped().state_dict().items()}
 
 
 def summary(trainer: MoETrainer) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def starved(mode: str, folder: Path) -> dict[str, Any]:
     def note(*_) -> None:
         for name, parameter in trainer._unwrapped().named_parameters():
             if parameter.grad is not None:
-                gradients[name] = whole(parameter.grad).clone()
+                gradients[name] = whole(parameter.grad).clone().cpu()
 
     optimizer.register_step_pre_hook(note)
     trainer.train()
@@ -227,7 +227,10 @@ def upcycled(mode: str, folder: Path) -> float:
     layout = arguments(folder, **MODES[mode]).layout()
     model = DistributedDataParallel(model) if layout is None else distribute(model, layout)
     with torch.no_grad():
-        expected, logits = dense.eval()(ids).logits, whole(model.eval()(ids).logits)
+        expected, logits = (
+            dense.eval()(ids).logits,
+            whole(model.eval()(ids.to(next(model.parameters()).device)).logits).cpu(),
+        )
     return float((logits - expected).norm() / expected.norm())
 
 
