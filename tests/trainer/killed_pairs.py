@@ -27,7 +27,7 @@ QUICK: tuple[Kills, ...] = (
     {1: "half of rng_state_1.pth"},
     {1: "open __1_0.distcp"},
     {0: "open trainer_state.json", 1: "half of rng_state_1.pth"},
-    {0: "os.rename"},
+    {0: "open moe_hf_manifest.json"},
 )
 PATIENCE_SECONDS = 20
 
@@ -132,7 +132,9 @@ def main(folder: Path, extent: str) -> None:
         if extent == "all":
             points = [{rank: own[rank][i]} for rank in range(2) for i in sorted(set(distinct(own[rank])))]
             points.append({rank: own[rank][len(own[rank]) // 2] for rank in range(2)})
-        before = set(own[0][: own[0].index("os.rename") + 1]) | set(own[1])
+        # Parts of a sharded optimizer are renamed too; the last one publishes.
+        published = max(number for number, name in enumerate(own[0]) if name == "os.rename")
+        before = {*own[0][: published + 1], *own[1]}
         kills = [killed_once(start, mode, point) | {"published": not set(point.values()) & before} for point in points]
         result["killed"] += kills
         survivor = Path(next(kill["folder"] for kill in kills if kill["left"]))
