@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_hf.errors import MoEError
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.trainer.arguments import ModelArguments, MoETrainingArguments
-from moe_hf.trainer.layouts import SIZES
+from moe_hf.trainer.layouts import SIZES, check_config
 from moe_hf.trainer.parameter_groups import PartRates
 
 
@@ -43,6 +43,8 @@ def train_beside_control(
     model, tokenizer = load(model_args, training_args)
     control_args = _control_arguments(model_args, model)
     dense_args = None if control_args is None else _dense_arguments(training_args)
+    if control_args is not None:
+        _check_control(control_args, dense_args)
     metrics = train_one(model, tokenizer, training_args)
     if control_args is None:
         return
@@ -51,6 +53,16 @@ def train_beside_control(
     dense_metrics = train_one(dense, tokenizer, dense_args)
     if training_args.process_index == 0:
         print_comparison({"this model": metrics, "control": dense_metrics}, Path(training_args.output_dir))
+
+
+def _check_control(model_args: ModelArguments, args: MoETrainingArguments) -> None:
+    """Find what is wrong with the control before its MoE is trained."""
+    common = {"revision": model_args.revision, "trust_remote_code": model_args.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(model_args.model, **common)
+    except (OSError, ValueError) as error:
+        raise MoEError(f"Could not load the control {model_args.model!r}: {error}") from error
+    check_config(config, args.layout())
 
 
 def print_comparison(columns: dict[str, dict[str, float]], output_dir: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.processes import launch
+from tests.processes import launch_once, shared_folder
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +16,9 @@ def found(tmp_path_factory):
 
     def run(extent: str) -> dict:
         if extent not in known:
-            folder = tmp_path_factory.mktemp(extent)
-            launch([sys.executable, "-m", "tests.trainer.killed_pairs", str(folder), extent], timeout=3000)
+            folder = shared_folder(tmp_path_factory, f"killed-pairs-{extent}")
+            command = [sys.executable, "-m", "tests.trainer.killed_pairs", str(folder), extent]
+            launch_once(command, folder / "found.json", timeout=3000)
             known[extent] = json.loads((folder / "found.json").read_text())
         return known[extent]
 

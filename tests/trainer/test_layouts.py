@@ -13,7 +13,7 @@ from moe_hf.finetuning import save_expert_lora
 from moe_hf.finetuning.lora_files import LORA_NAME
 from moe_hf.trainer.checkpoints import newest_whole_checkpoint
 from moe_hf.trainer.layouts import check_launch, choose_layout, describe_layout
-from tests.processes import Cases
+from tests.processes import Cases, shared_folder
 from tests.trainer.layout_runs import (
     KINDS,
     LORA,
@@ -69,7 +69,7 @@ class TwoLaunches:
         self._launches = {}
         for quick in (True, False):
             names = [name for name in all_cases() if is_quick(name) == quick]
-            (folder / str(quick)).mkdir()
+            (folder / str(quick)).mkdir(exist_ok=True)
             self._launches[quick] = Cases(
                 "tests.trainer.layout_runs", folder / str(quick), arguments=names, timeout=900
             )
@@ -83,7 +83,7 @@ class TwoLaunches:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory) -> TwoLaunches:
-    return TwoLaunches(tmp_path_factory.mktemp("layouts"))
+    return TwoLaunches(shared_folder(tmp_path_factory, "layouts"))
 
 
 @pytest.fixture(scope="module")
