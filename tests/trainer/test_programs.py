@@ -151,7 +151,12 @@ def test_finetuning_and_its_control_take_a_layout(layout, pretrained, dense, tex
     run("finetune", f"--output_dir={tmp_path / 'one'}", *common, f"--per_device_train_batch_size={rows}")
     two, one = (json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("out", "one"))
     assert two.keys() == one.keys() == {"this model", "control"}
-    assert all(two[model] == pytest.approx(one[model], rel=1e-5) for model in one)
+    for model, metrics in one.items():
+        # `loss` is a mean over batches, which processes cut in other places.
+        expected = {
+            name: value for name, value in metrics.items() if not name.endswith(("letters_loss", "numbers_loss"))
+        }
+        assert {name: two[model][name] for name in expected} == pytest.approx(expected, rel=1e-5)
     both = [AutoModelForCausalLM.from_pretrained(tmp_path / n / "control" / "final") for n in ("out", "one")]
     for (name, mine), (_, theirs) in zip(*(model.state_dict().items() for model in both), strict=True):
         assert float((mine - theirs).norm()) <= 2e-6 * float(theirs.norm()), name
