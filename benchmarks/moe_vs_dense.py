@@ -10,7 +10,6 @@ run of that length, so arms can be compared at any cost.
 """
 
 import argparse
-import json
 import platform
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -41,6 +40,7 @@ from benchmarks.runs import (
     token_losses,
     train_arm,
     with_training_flops,
+    write_results,
 )
 from moe_hf.data import builtin_corpus
 from moe_hf.errors import MoEError
@@ -62,7 +62,7 @@ class Settings:
     intermediate_size: int = 192
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
-    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
     rate_share: float = 0.5  # of a run's steps, to choose its learning rate
     warmup_share: float = 0.05  # of `steps`
     weight_decay: float = 0.1
@@ -287,11 +287,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     results = Study(settings, given.out, given.experts, given.seeds).run()
-    (given.out / "results.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
-    table = markdown_table(results)
-    (given.out / "table.md").write_text(table, encoding="utf-8")
     curves_plot(results, given.out / "curves.png")
-    print(table)
+    write_results(results, markdown_table(results), given.out)
     return results
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 from benchmarks.intervals import difference_text, draw_band, paired, ratio_spread, ratio_text, spread, value_text
 
@@ -197,7 +198,12 @@ def curves_plot(results: dict[str, Any], path: Path) -> None:
         panel.set(xlabel=label, xscale="log", ylabel="held-out loss, nats/token")
         ends = [line.get_ydata()[-1] for line in panel.lines]
         panel.set_ylim(min(ends) - 0.05, max(ends) + 0.8)
+        shown = [x for line in panel.lines for x, y in zip(*line.get_data(), strict=True) if y <= max(ends) + 0.8]
+        panel.set_xlim(0.9 * min(shown), 1.1 * max(shown))
         panel.grid(alpha=0.3, which="both")
+    axes[1, 0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1, 0].xaxis.set_major_formatter("{x:g}")
+    axes[1, 0].xaxis.set_minor_formatter("")
     axes[0, 0].legend(fontsize="small", ncols=2)
     _shares_panel(axes[1, 1], comparisons(results))
     figure.savefig(path, dpi=90)

@@ -106,7 +106,7 @@ class CheckpointReader:
         return tensor
 
     def place(self, name: str) -> tuple[int, int]:
-        """An open file descriptor and the position of the tensor's first byte, for copies within the kernel."""
+        """An open file descriptor and the position of the tensor's first byte."""
         self._spec_of(name)
         file, position = self._places[name]
         return self._descriptor(file), position

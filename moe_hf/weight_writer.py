@@ -8,6 +8,7 @@ import errno
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,13 +23,29 @@ from moe_hf.errors import MoEError
 from moe_hf.weight_files import DTYPES, INDEX_NAME, TensorSpec, byte_view
 
 
-# What the kernel answers for files that it cannot copy between, by file system and version.
-_NOT_IN_KERNEL = frozenset({errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF})
-_COPY_BYTES, _BUFFER_BYTES = 1 << 28, 1 << 19
+# What a copying thread reads at once: small enough to stay in the processor's cache while it is written several times.
+_BUFFER_BYTES = 1 << 20
+_COPIERS = min(2, os.cpu_count() or 1)
 _HANDED_OVER_BYTES = 1 << 20
-_ENDED_EARLY = "the file that is copied from ended too early"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """Bytes of an open file, and where they go.
+
+    Attributes:
+        places: for each copy, a tensor's name and a byte in it.
+        num_bytes: how many.
+        source: descriptor of the file that has them.
+        source_position: of the first of them in that file.
+    """
+
+    places: Sequence[tuple[str, int]]
+    num_bytes: int
+    source: int
+    source_position: int
 
 
 @dataclass(frozen=True)
@@ -124,9 +141,10 @@ class FileWriter:
         self._on_bytes = on_bytes or (lambda num_bytes: None)
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in layout.tensors}
         self._digests, self.checksum = PartDigests(layout.part_ends), {}
-        # One thread each, since the kernel lets one write to a file at a time.
-        self._copier, self._to_disk = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._copiers, self._to_disk = ThreadPoolExecutor(_COPIERS), ThreadPoolExecutor(1)
         self._copies: list[Future] = []
+        # The kernel lets one write to a file at a time, and burns a processor for each that waits.
+        self._writing = threading.Lock()
         with _named_error(self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             self._write_all(memoryview(layout.header), [0])
@@ -140,7 +158,8 @@ class FileWriter:
     def close(self) -> None:
         """Assert that each byte of each tensor was written exactly once, and flush the file to the disk."""
         try:
-            self.finish_copies()
+            while self._copies:
+                self._copies.pop(0).result()
             self._check_whole()
             with _named_error(self.path):
                 self.checksum = self._digests.checksum(self._descriptor)
@@ -148,14 +167,9 @@ class FileWriter:
         finally:
             self.abandon()
 
-    def finish_copies(self) -> None:
-        """Wait until all that was asked for is copied."""
-        while self._copies:
-            self._copies.pop(0).result()
-
     def abandon(self) -> None:
         """Close the file as it is."""
-        self._copier.shutdown(cancel_futures=True)
+        self._copiers.shutdown(cancel_futures=True)
         self._to_disk.shutdown()
         os.close(self._descriptor)
 
@@ -177,33 +191,33 @@ class FileWriter:
         self._on_bytes(len(view) * len(places))
         return len(view)
 
-    def copy(self, places: Sequence[tuple[str, int]], num_bytes: int, source: int, source_position: int) -> None:
-        """Fill `num_bytes` at each of the places with those of another open file, within the kernel.
+    def copy(self, *stored: StoredBytes) -> None:
+        """Copy bytes from other open files, one after the other, by another thread and until `close` at the latest.
 
-        The bytes are hashed here and copied by another thread, until `close` at the latest.
+        What is asked for together is hashed once when it is given in the order of the file.
         """
-        positions = self._claim(places, num_bytes)
-        self._copies += [
-            self._copier.submit(self._copy_one, position, num_bytes, source, source_position) for position in positions
-        ]
-        buffer, done = memoryview(bytearray(min(_BUFFER_BYTES, num_bytes))), 0
-        with _named_error(self.path):
-            while done < num_bytes:
-                count = os.preadv(source, [buffer[: num_bytes - done]], source_position + done)
-                if count == 0:
-                    raise OSError(errno.EIO, _ENDED_EARLY)
-                self._digests.absorb(buffer[:count], [position + done for position in positions])
-                done += count
+        positions = [self._claim(one.places, one.num_bytes) for one in stored]
+        self._copies.append(self._copiers.submit(self._copy, stored, positions))
 
-    def _copy_one(self, position: int, num_bytes: int, source: int, source_position: int) -> None:
+    def _copy(self, stored: Sequence[StoredBytes], positions: Sequence[Sequence[int]]) -> None:
+        # Read once and written from memory: a copy within the kernel reads again for each, and hashing reads anyway.
+        buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(one.num_bytes for one in stored))))
         with _named_error(self.path):
-            copy_bytes(source, source_position, self._descriptor, position, num_bytes)
-        self._hand_over(position, position + num_bytes)
-        self._on_bytes(num_bytes)
+            for one, starts in zip(stored, positions, strict=True):
+                done = 0
+                while done < one.num_bytes:
+                    piece = buffer[: one.num_bytes - done]
+                    count = os.preadv(one.source, [piece], one.source_position + done)
+                    if count == 0:
+                        raise OSError(errno.EIO, "the file that is copied from ended too early")
+                    self._write_all(piece[:count], [start + done for start in starts])
+                    self._on_bytes(count * len(starts))
+                    done += count
 
     def _write_all(self, view: memoryview, positions: Sequence[int]) -> None:
-        for position in positions:
-            _write_all(self._descriptor, view, position)
+        with self._writing:
+            for position in positions:
+                _write_all(self._descriptor, view, position)
         for start, end in self._digests.absorb(view, positions):
             self._hand_over(start, end)
 
@@ -278,32 +292,6 @@ def write_index(folder: str | os.PathLike, layouts: list[FileLayout], total_para
     path = Path(folder) / INDEX_NAME
     with _named_error(path):
         path.write_text(content, encoding="utf-8")
-
-
-def copy_bytes(source: int, source_position: int, target: int, position: int, num_bytes: int) -> None:
-    """Copy bytes between open files within the kernel, or through memory where the kernel refuses.
-
-    Raises:
-        `OSError`: the target cannot be written, or the source ends too early (`EIO`).
-    """
-    done, in_kernel = 0, hasattr(os, "copy_file_range")
-    while done < num_bytes:
-        count = min(num_bytes - done, _COPY_BYTES)
-        if in_kernel:
-            try:
-                copied = os.copy_file_range(source, target, count, source_position + done, position + done)
-            except OSError as error:
-                if error.errno not in _NOT_IN_KERNEL:
-                    raise
-                in_kernel = False
-                continue
-        else:
-            data = os.pread(source, min(count, _BUFFER_BYTES), source_position + done)
-            _write_all(target, memoryview(data), position + done)
-            copied = len(data)
-        if copied == 0:
-            raise OSError(errno.EIO, _ENDED_EARLY)
-        done += copied
 
 
 def _write_all(descriptor: int, view: memoryview, position: int) -> None:

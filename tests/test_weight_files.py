@@ -1,6 +1,5 @@
 """Laws of `moe_hf.weight_files`: what transformers and safetensors write is read, and written byte for byte."""
 
-import errno
 import json
 import os
 import subprocess
@@ -8,12 +7,13 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from moe_hf import weight_writer
+from moe_hf.checksums import file_checksum
 from moe_hf.errors import MoEError
 from moe_hf.weight_files import DTYPES, INDEX_NAME, CheckpointReader, TensorSpec
-from moe_hf.weight_writer import FileWriter, copy_bytes, file_layouts, write_checkpoint
+from moe_hf.weight_writer import FileWriter, StoredBytes, file_layouts, write_checkpoint
 from tests.tiny_models import tiny_dense
 
 
@@ -165,23 +165,27 @@ def test_pieces_in_any_order_must_tile_the_tensor(tmp_path, starts, said):
         write()
 
 
-@pytest.mark.parametrize("refusal", [None, errno.EXDEV, errno.EOPNOTSUPP])
-def test_bytes_are_copied_between_files_whatever_the_kernel_can_do(tmp_path, monkeypatch, refusal):
-    if refusal is not None:
-
-        def refuse(*args):
-            raise OSError(refusal, os.strerror(refusal))
-
-        monkeypatch.setattr(os, "copy_file_range", refuse)
-    monkeypatch.setattr(weight_writer, "_COPY_BYTES", 1000)
+def test_stored_bytes_are_copied_to_all_their_places_and_hashed(tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_writer, "_BUFFER_BYTES", 1000)
     data = os.urandom(5001)
     (tmp_path / "source").write_bytes(data)
-    with open(tmp_path / "source", "rb") as source, open(tmp_path / "target", "wb+") as target:
-        copy_bytes(source.fileno(), 7, target.fileno(), 3, 4900)
-        target.seek(3)
-        assert target.read() == data[7:4907]
-        with pytest.raises(OSError, match="ended too early"):
-            copy_bytes(source.fileno(), 4000, target.fileno(), 0, 2000)
+    specs = {"a": TensorSpec(torch.uint8, (3, 1, 2450)), "b": TensorSpec(torch.uint8, (17,))}
+    (layout,) = file_layouts(specs)
+    with open(tmp_path / "source", "rb") as source:
+        number = source.fileno()
+        with FileWriter(tmp_path, layout) as file:
+            file.copy(StoredBytes([("b", 0)], 17, number, 0))
+            # The three entries of `a` are equal, and each is made of two pieces.
+            file.copy(
+                StoredBytes([("a", 2450 * entry) for entry in range(3)], 2000, number, 7),
+                StoredBytes([("a", 2450 * entry + 2000) for entry in range(3)], 450, number, 3007),
+            )
+        written = load_file(file.path)
+        assert written["a"].flatten(1).tolist() == 3 * [list(data[7:2007] + data[3007:3457])]
+        assert bytes(written["b"].tolist()) == data[:17]
+        assert file.checksum == file_checksum(file.path)
+        with pytest.raises(MoEError, match="ended too early"), FileWriter(tmp_path, layout) as file:
+            file.copy(StoredBytes([("a", 0)], 7350, number, 4000))
 
 
 def test_a_file_that_cannot_be_made_is_named(tmp_path):

@@ -11,7 +11,7 @@ from torch import nn
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.expert_selection import ExpertSelection
 from moe_hf.finetuning.lora_config import ExpertLoraConfig
-from moe_hf.finetuning.lora_projection import DoraProjection, LoraProjection
+from moe_hf.finetuning.lora_projection import DoraProjection, LoraProjection, adapter_dtype
 from moe_hf.finetuning.lora_sharding import ExpertPlacement, is_sharded, local, placement_of, whole
 from moe_hf.finetuning.moe_blocks import experts_in, find_moe_blocks
 from moe_hf.kernels import (
@@ -191,7 +191,7 @@ def expert_lora_forward(
             if adapter.config.use_dora:
                 projection = DoraProjection(adapter.scales, dropout, adapter.local_ids)
             weight = base.tensors[0]
-            dtype = weight.dtype if weight.device.type != "cpu" else torch.promote_types(weight.dtype, torch.float32)
+            dtype = adapter_dtype(weight, len(adapter.local_ids) * max(adapter.ranks, default=0))
             base = LinearMap(projection, (weight, *adapter.tensors(name, dtype)), base.bias)
         maps.append(base)
     first, second = maps

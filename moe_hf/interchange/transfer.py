@@ -19,7 +19,7 @@ from moe_hf.interchange.plan import Plan, Span, inverse, make_exchange
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.saving import atomic_folder
 from moe_hf.weight_files import CheckpointReader, TensorSpec
-from moe_hf.weight_writer import FileWriter, file_layouts, write_index
+from moe_hf.weight_writer import FileWriter, StoredBytes, file_layouts, write_index
 
 
 logger = logging.get_logger(__name__)
@@ -210,13 +210,15 @@ def _write(
     for layout in layouts:
         with FileWriter(folder, layout) as file:
             for name, spec in layout.tensors.items():
-                reached, size = 0, spec.dtype.itemsize
+                reached, size, stored = 0, spec.dtype.itemsize, []
                 for span in plan[name]:
                     descriptor, position = reader.place(span.source)
-                    position += span.start * size
-                    file.copy([(name, reached)], span.count * size, descriptor, position)
-                    reached += span.count * size
-                if not plan[name]:
+                    num_bytes = span.count * size
+                    stored.append(StoredBytes([(name, reached)], num_bytes, descriptor, position + span.start * size))
+                    reached += num_bytes
+                if stored:
+                    file.copy(*stored)
+                else:
                     file.write(name, torch.zeros(spec.shape, dtype=spec.dtype))
         checksums[layout.name] = file.checksum
     write_index(folder, layouts)

@@ -12,6 +12,7 @@ from moe_hf.finetuning import (
     add_expert_lora,
     apply_scope,
     lora_adapters,
+    lora_projection,
     merge_expert_lora,
     remove_expert_lora,
     unmerge_expert_lora,
@@ -111,6 +112,22 @@ def test_outputs_and_gradients_are_those_of_the_definition(option, layout):
             assert relative_error(value, actual[name]) <= 1e-12, name
     trained = {name for name, value in actual.items() if value is not None} - {"output", "tokens", "weights"}
     assert trained == {name for name, _ in experts.named_parameters() if "lora" in name}
+
+
+@pytest.mark.parametrize("most_columns", [0, 128], ids=["expert by expert", "side by side"])
+@pytest.mark.parametrize("option", ["plain", "ranks", "chosen", "dora_chosen_ranks"])
+def test_in_16_bits_both_ways_are_the_definition_but_for_rounding(monkeypatch, option, most_columns):
+    monkeypatch.setattr(lora_projection, "_MOST_COLUMNS", most_columns)
+    experts = adapted("gated", OPTIONS[option], torch.bfloat16)
+    tokens, index, weights = routed(40, experts=[0, 1, 3, 4, 5], dtype=torch.bfloat16)
+    exact = copy.deepcopy(experts).double()
+    expected = outcome(adapted_reference, exact, tokens.double(), index, weights.double())
+    actual = outcome(lambda e, *args: e(*args), experts, tokens, index, weights)
+    assert {p.dtype for name, p in experts.named_parameters() if "lora" in name} == {torch.float32}
+    for name, value in expected.items():
+        if value is not None and actual[name] is not None:
+            assert relative_error(value, actual[name]) <= 1.2e-2, name
+    assert {name for name in actual if "lora" in name and actual[name] is not None}
 
 
 def test_dropout_drops_inputs_of_adapters_alone_and_only_in_training():
@@ -252,7 +269,7 @@ def test_a_bf16_model_has_float32_adapters_and_agrees_with_float32():
     assert all(grad.dtype == torch.float32 for grad in actual.values())
     # Routers of 16 bits choose other experts for some tokens.
     errors = sorted(relative_error(value, actual[name]) for name, value in expected.items())
-    assert errors[len(errors) // 2] <= 0.1
+    assert errors[len(errors) // 2] <= 0.15
 
 
 def test_adapters_compose_with_those_of_peft_on_attention():

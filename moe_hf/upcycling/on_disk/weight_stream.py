@@ -1,7 +1,7 @@
 """Makes the tensors of a MoE from a dense checkpoint on disk, file by file, with one dense tensor in memory at a time.
 
 Numbers are those of `fill_blocks`, which makes a model in memory: both read the same recipes. What a destination has in
-common with the source byte by byte is copied within the kernel.
+common with the source byte by byte is copied.
 """
 
 import os
@@ -23,7 +23,7 @@ from moe_hf.upcycling.method import LayerStates, UpcyclingMethod
 from moe_hf.upcycling.on_disk.dense_checkpoint import IN_MEMORY, DenseCheckpoint, NotStreamableError, row_ranges
 from moe_hf.upcycling.recipes import BlockTensor, DensePiece, Slot, block_tensors, slot_rows
 from moe_hf.weight_files import TensorSpec
-from moe_hf.weight_writer import FileWriter
+from moe_hf.weight_writer import FileWriter, StoredBytes
 
 
 # Each works on a few blocks of `recipes.BLOCK_BYTES`, which bounds the memory.
@@ -75,7 +75,7 @@ class WeightStream:
         self._described: tuple[str, tuple] | None = None
 
     def write(self, file: FileWriter) -> None:
-        """Fill one file."""
+        """Fill one file; what is copied may come until it is closed."""
         with _one_thread_each(), ThreadPoolExecutor(_WORKERS) as pool:
             for block, group in groupby(file.layout.tensors, self._block_of):
                 if block is not None:
@@ -83,7 +83,6 @@ class WeightStream:
                     continue
                 for name in group:
                     self._write_other(file, name)
-            file.finish_copies()
 
     def _block_of(self, name: str) -> str | None:
         return next((block for block in self._sites if self._in_memory[name].startswith(block)), None)
@@ -93,7 +92,7 @@ class WeightStream:
         spec, own, dense = self.tensors[name], self._in_memory[name], self._averaged
         as_stored = dense[0].reader.tensors[dense[0].stored_name(own)].dtype == dense[0].dtype(own) == spec.dtype
         if as_stored and len(dense) == 1:
-            file.copy([(name, 0)], spec.nbytes, *dense[0].reader.place(dense[0].stored_name(own)))
+            file.copy(StoredBytes([(name, 0)], spec.nbytes, *dense[0].reader.place(dense[0].stored_name(own))))
             return
         for start, stop in row_ranges(spec):
             rows = average([one.read(own, start, stop) for one in dense])
@@ -152,9 +151,14 @@ class WeightStream:
         def origin(entry: tuple[str, Slot]) -> tuple[int, str]:
             return entry[1].recipe.source, entry[1].piece
 
+        copies: dict[str, list[StoredBytes]] = {}
         for (source, piece), group in groupby(sorted(slots, key=origin), origin):
             writer = _PieceWriter(self.dense[source], self._sites[block][source], piece, file, pool)
-            writer.write(list(group))
+            for stored in writer.write(list(group)):
+                copies.setdefault(stored.places[0][0], []).append(stored)
+        # A tensor's pieces in their order, so that an expert is hashed on the way.
+        for stored in copies.values():
+            file.copy(*sorted(stored, key=lambda one: one.places[0]))
 
 
 class _PieceWriter:
@@ -163,22 +167,23 @@ class _PieceWriter:
     def __init__(self, dense: DenseCheckpoint, site: MLPSite, piece: str, file: FileWriter, pool: ThreadPoolExecutor):
         self.dense, self.site, self.piece, self.file, self.pool = dense, site, piece, file, pool
 
-    def write(self, slots: list[tuple[str, Slot]]) -> None:
-        """Write `slots`, pairs of a tensor's name and one of its slots."""
+    def write(self, slots: list[tuple[str, Slot]]) -> list[StoredBytes]:
+        """Write `slots`, pairs of a tensor's name and one of its slots, but for those returned, which are copies."""
         stored = self._stored_place()
         # Slots of equal numbers together; a random one by itself.
         groups: dict[object, list[tuple[str, Slot]]] = {}
         for name, slot in slots:
             groups.setdefault((slot.recipe.fingerprint or id(slot), self._spec(name).dtype), []).append((name, slot))
-        made = []
+        made, copies = [], []
         for (_, dtype), group in groups.items():
             if stored is not None and stored[2] == dtype and _is_plain(group[0][1]):
                 places = [(name, self._span(name, slot)[0]) for name, slot in group]
-                self.file.copy(places, self._span(*group[0])[1], *stored[:2])
+                copies.append(StoredBytes(places, self._span(*group[0])[1], *stored[:2]))
             else:
                 made.append(group)
         if made:
             self._make(made)
+        return copies
 
     def _make(self, groups: list[list[tuple[str, Slot]]]) -> None:
         piece = DensePiece(self.dense.piece(self.site, self.piece), self.pool.map)
