@@ -33,7 +33,8 @@ class ExpertLora(nn.Module):
     """The adapters of one layer: `{map}_A` (C, r, I), `{map}_B` (C, r, O), with DoRA `{map}_magnitude` (C, O).
 
     Ranks below the largest are filled up with zeros, which get no gradient. Attributes: `ids` are the experts, `local_ids`
-    their places in the module's tensors, `ranks` theirs; `all_ids` has those of other processes too.
+    their places in the module's tensors, `ranks` theirs; `all_ids` has those of other processes too, and `places` says whose
+    adapter is in each row of all processes' tensors, None where a row is nobody's.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ExpertLora(nn.Module):
         self.local_ids = tuple(i - placement.part() * (num_experts // placement.num_parts) for i in self.ids)
         # As many places on each process as the fullest needs.
         num_slots = max(map(len, parts))
+        self.places = tuple(i for part in parts for i in (*part, *[None] * (num_slots - len(part))))
         self.ranks = tuple(config.rank_of(layer, expert) for expert in self.ids)
         rank = max(config.rank_of(layer, expert) for expert in ids)
         self.targets = tuple(name for name in (description.first, description.second) if name in config.target)
