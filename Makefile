@@ -8,10 +8,10 @@ WORKERS ?= 2
 
 # One torch thread per test worker: two workers with a thread pool each fight over two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-SOURCES := moe_hf training examples benchmarks tests
+SOURCES := moe_hf training examples benchmarks tests docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-all test-gpu conformance interop check-real style quality clean
+.PHONY: help demo setup test test-all test-gpu conformance interop check-real docs docs-serve style quality clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -46,6 +46,12 @@ interop: $(STAMP)  ## servers and evaluators on our models, each in an environme
 
 test-gpu: $(STAMP)  ## the tests that need CUDA; skips itself without it
 	$(TEST_ENV) $(PYTEST) -m gpu --timeout 3600
+
+docs: $(STAMP)  ## the site of docs/: build/site/index.html opens from the disk, without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(STAMP)  ## the site on this machine, built again as its sources change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --watch moe_hf
 
 style: $(STAMP)  ## format and fix what ruff can
 	$(BIN)/ruff check --fix $(SOURCES)

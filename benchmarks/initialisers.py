@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moe_hf
 from benchmarks.initialisers_report import curves_plot, markdown_table
-from benchmarks.runs import with_training_flops
-from benchmarks.study import MOE, Settings, Study, parse_study, study_parser, write_results
+from benchmarks.runs import with_training_flops, write_results
+from benchmarks.study import MOE, Settings, Study, parse_study, study_parser
 from moe_hf.errors import MoEError
 from moe_hf.upcycling.initialisers import make_initialiser
 from training.demo.steps import forward_flops

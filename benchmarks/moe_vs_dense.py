@@ -10,7 +10,6 @@ run of that length, so arms can be compared at any cost.
 """
 
 import argparse
-import json
 import platform
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -41,6 +40,7 @@ from benchmarks.runs import (
     token_losses,
     train_arm,
     with_training_flops,
+    write_results,
 )
 from moe_hf.data import builtin_corpus
 from moe_hf.errors import MoEError
@@ -287,11 +287,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     results = Study(settings, given.out, given.experts, given.seeds).run()
-    (given.out / "results.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
-    table = markdown_table(results)
-    (given.out / "table.md").write_text(table, encoding="utf-8")
     curves_plot(results, given.out / "curves.png")
-    print(table)
+    write_results(results, markdown_table(results), given.out)
     return results
 
 

@@ -31,7 +31,8 @@ from benchmarks.routing_measures import (
     time_ratio,
     update_routers,
 )
-from benchmarks.study import Settings, Study, parse_study, study_parser, write_results
+from benchmarks.runs import write_results
+from benchmarks.study import Settings, Study, parse_study, study_parser
 from moe_hf.data import builtin_corpus
 from moe_hf.errors import MoEError
 

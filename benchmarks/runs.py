@@ -1,6 +1,7 @@
 """What the studies that train share: text that every machine has, a training run with its curve, facts of the machine."""
 
 import argparse
+import json
 import os
 import platform
 import time
@@ -284,3 +285,10 @@ def machine() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "moe_hf": moe_hf.__version__,
     }
+
+
+def write_results(results: dict[str, Any], table: str, folder: Path) -> None:
+    """Write `results.json` and `table.md`, and show the table."""
+    (folder / "results.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    print(table)

@@ -10,7 +10,6 @@ one of a small grid, the same for all, with the best validation loss with seed 0
 """
 
 import argparse
-import json
 import platform
 import sys
 from collections.abc import Iterator
@@ -39,6 +38,7 @@ from benchmarks.runs import (
     token_losses,
     train_arm,
     without_paragraphs_of,
+    write_results,
 )
 from benchmarks.scopes_report import differences_plot, forgetting_plot, markdown_table
 from moe_hf.data import builtin_corpus, corpus_fingerprint, split_by_document, tokenize_and_pack, train_tokenizer
@@ -369,12 +369,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     results = Study(settings, given.out, given.models, given.tasks, given.seeds).run()
-    (given.out / "results.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
-    table = markdown_table(results)
-    (given.out / "table.md").write_text(table, encoding="utf-8")
     differences_plot(results, given.out / "differences.png")
     forgetting_plot(results, given.out / "forgetting.png")
-    print(table)
+    write_results(results, markdown_table(results), given.out)
     return results
 
 

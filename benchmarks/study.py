@@ -5,7 +5,6 @@ is done again, a finished one is read.
 """
 
 import argparse
-import json
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Collection
@@ -222,10 +221,3 @@ def parse_study(given: argparse.Namespace, defaults: Settings, arms: Collection[
         raise MoEError(f"--seeds is {given.seeds} and --steps is {given.steps}: each must be at least 1.")
     settings = replace(defaults, **(TINY if given.tiny else {}))
     return settings if given.steps is None else replace(settings, steps=given.steps)
-
-
-def write_results(results: dict[str, Any], table: str, folder: Path) -> None:
-    """Write `results.json` and `table.md`, and show the table."""
-    (folder / "results.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(table, encoding="utf-8")
-    print(table)

@@ -162,6 +162,14 @@ class PartDigests:
         return {SHA256_OF_PARTS: digest_of_parts(digests)}
 
 
+def _is_tensor_fact(fact: Any) -> bool:
+    if not isinstance(fact, dict) or not isinstance(fact.get("dtype"), str):
+        return False
+    shape, place = fact.get("shape"), fact.get("data_offsets")
+    sizes = [*shape, *place] if isinstance(shape, list) and isinstance(place, list) else [None]
+    return all(type(size) is int and size >= 0 for size in sizes) and len(place) == 2 and place[0] <= place[1]
+
+
 def safetensors_header(path: str | os.PathLike) -> tuple[int, dict[str, dict[str, Any]]]:
     """Read the header of a safetensors file whose length agrees with it.
 
@@ -185,10 +193,12 @@ def safetensors_header(path: str | os.PathLike) -> tuple[int, dict[str, dict[str
         header = file.read(length)
     try:
         tensors = {name: fact for name, fact in json.loads(header).items() if name != "__metadata__"}
-        data_bytes = max((fact["data_offsets"][1] for fact in tensors.values()), default=0)
-        expected = 8 + length + data_bytes
-    except (ValueError, AttributeError, KeyError, IndexError, TypeError, RecursionError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise MoEError(f"{path} is no safetensors file: its header cannot be read.") from error
+    for name, fact in tensors.items():
+        if not _is_tensor_fact(fact):
+            raise MoEError(f"{path} is no safetensors file: its header has no dtype, shape and place for {name!r}.")
+    expected = 8 + length + max((fact["data_offsets"][1] for fact in tensors.values()), default=0)
     if size != expected:
         kind = "truncated" if size < expected else "damaged"
         raise MoEError(f"{path} is {kind}: {size} bytes, its header tells {expected}. Use another copy of the file.")

@@ -3,6 +3,8 @@
 Letters: E experts, K experts per token.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from moe_hf.modeling.segment_merge import SEGMENT_LENGTH
 
 
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
+EXPERT_COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts")
 EXPERTS_PER_TOKEN_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 ROUTING_FIELDS = (
     "router_type",
@@ -143,13 +146,28 @@ def load_config(path: str) -> PreTrainedConfig:
         check_kernel_names(folder)
     elif folder.exists() or path.startswith((".", "/", "~")):
         raise MoEError(f"{path} is not a folder; give a folder that save_pretrained wrote, or a Hub id.")
-    try:
+    with config_errors(path):
         return AutoConfig.from_pretrained(path)
+
+
+@contextmanager
+def config_errors(path: str | Path) -> Iterator[None]:
+    """What reading a configuration, or making an empty model of it, raises of values that no model can have, as one error.
+
+    Which exception it is depends on the field and on the family.
+
+    Raises:
+        MoEError: names the configuration and the first line of the reason.
+    """
+    try:
+        yield
     except MoEError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MoEError(f"The configuration of {path} cannot be read: {reason}") from error
+    except StrictDataclassError as error:
+        raise MoEError(f"The configuration of {path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def on_meta(path: str) -> PreTrainedModel:
@@ -161,7 +179,7 @@ def on_meta(path: str) -> PreTrainedModel:
     config = load_config(path)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise MoEError(f"{path} is a {config.model_type} model, which is no causal language model of transformers.")
-    with torch.device("meta"):
+    with config_errors(path), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     return model

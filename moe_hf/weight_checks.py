@@ -2,13 +2,15 @@
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from moe_hf.checksums import safetensors_header
 from moe_hf.errors import MoEError
-from moe_hf.inspection import load_config
+from moe_hf.inspection import EXPERT_COUNT_NAMES, config_errors, load_config
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.extra_experts import EXTRA_EXPERTS
 from moe_hf.modeling.modeling_moe import (
@@ -78,7 +80,7 @@ def check_structure(folder: str | os.PathLike) -> None:
         return
     with CheckpointReader(folder) as reader:
         tensors = reader.tensors
-    _refuse_more_than_there_is(folder, config, tensors)
+    refuse_more_than_there_is(folder, config, tensors)
     if config.router_type not in ROUTERS or set(config.extra_experts) - EXTRA_EXPERTS.keys():
         # What its parameters are only code that came along could tell, which is not run.
         return
@@ -101,26 +103,28 @@ def check_structure(folder: str | os.PathLike) -> None:
 
 def _empty_model(folder: Path, config: MoEConfig) -> torch.nn.Module:
     """The model that was saved, on the meta device."""
-    name = (config.architectures or ["MoEForCausalLM"])[0]
     classes = {cls.__name__: cls for cls in _MODELS}
-    if name not in classes:
+    names = config.architectures or ["MoEForCausalLM"]
+    name = names[0] if isinstance(names, list) else names
+    if not isinstance(name, str) or name not in classes:
         raise MoEError(f"{folder}: its architecture is {name!r}; it must be one of {list(classes)}.")
-    with torch.device("meta"):
+    with config_errors(folder), torch.device("meta"):
         model = classes[name](config)
     model.tie_weights()
     return model
 
 
-def _refuse_more_than_there_is(folder: Path, config: MoEConfig, tensors: dict[str, TensorSpec]) -> None:
+def refuse_more_than_there_is(folder: Path, config: PreTrainedConfig, tensors: Mapping[str, TensorSpec]) -> None:
+    """Refuse a configuration that promises more layers or numbers than its files hold: an empty model of it takes forever.
+
+    Raises:
+        `MoEError`: names the field.
+    """
     numbers = sum(math.prod(spec.shape) for spec in tensors.values())
-    text_config = config.text_config
-    for name, size, held in (
-        ("num_hidden_layers", text_config.num_hidden_layers, len(tensors)),
-        ("num_experts", config.num_experts, numbers),
-        ("hidden_size", text_config.hidden_size, numbers),
-        ("vocab_size", text_config.vocab_size, numbers),
-    ):
-        if size > held:
+    for name in ("num_hidden_layers", *EXPERT_COUNT_NAMES, "hidden_size", "vocab_size"):
+        sizes = [getattr(part, name, None) for part in (config, config.get_text_config())]
+        size = max((size for size in sizes if isinstance(size, int)), default=0)
+        if size > (len(tensors) if name == "num_hidden_layers" else numbers):
             raise MoEError(
                 f"{folder}: {name} is {size:,}, and the weights are {len(tensors):,} tensors of {numbers:,} numbers: the "
                 "configuration is of another checkpoint."

@@ -1,5 +1,6 @@
 """Several gloo processes that run a list of cases: one launch, since most of its time is imports; one result per case."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -41,6 +42,22 @@ def launch(command: list[str], timeout: int = 240, backend: str = "gloo") -> str
     return done.stdout
 
 
+def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder of this test run, the same one in all workers of xdist: what one has started, another need not start."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def launch_once(command: list[str], result: Path, timeout: int = 240, backend: str = "gloo") -> None:
+    """`launch`, unless a worker has done it: `result` is then there. One that is at it is waited for."""
+    with open(result.parent / f"{result.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not result.exists():
+            launch(command, timeout, backend)
+
+
 def torchrun(module: str, *arguments: str, processes: int = 2) -> list[str]:
     """The command that starts `python -m module` in several processes."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
@@ -71,7 +88,7 @@ class Cases:
             pytest.fail(self._failure, pytrace=False)
         if self._results is None:
             self._failure = "the launch of the first case failed"
-            launch(self._command, self._timeout, self._backend)
+            launch_once(self._command, self._file, self._timeout, self._backend)
             loaded = torch.load(self._file, weights_only=False)
             assert (loaded["world_size"], loaded["backend"]) == (self._processes, self._backend)
             self._results, self._failure = loaded["cases"], None

@@ -17,7 +17,9 @@ from moe_hf.modeling import configuration_moe
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moe_hf"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-PROGRAMS = [path for name in ("training", "examples", "benchmarks") for path in sorted((ROOT / name).rglob("*.py"))]
+PROGRAMS = [
+    path for name in ("training", "examples", "benchmarks", "docs") for path in sorted((ROOT / name).rglob("*.py"))
+]
 TRAVELLING = [path for path in sorted((PACKAGE / "modeling").glob("*.py")) if path.name != "__init__.py"]
 MODELING_ORDER = [
     "config_checks",

@@ -41,7 +41,7 @@ def main() -> None:
     texts = {}
     for domain in sorted(set(held_out["domain"])):
         own = held_out.select([place for place, name in enumerate(held_out["domain"]) if name == domain])
-        blocks = tokenize_and_pack(own, tokenizer, BLOCK)
+        blocks = tokenize_and_pack(own.shuffle(seed=0), tokenizer, BLOCK)
         texts[domain] = blocks.select(range(min(EVALUATED, len(blocks))))
     half = BATCH * arguments.steps
     first, second = rows.select(range(half)), rows.select(range(half, 2 * half))

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moe_hf.errors import MoEError
+from moe_hf.finetuning.expert_selection import ExpertSelection
 from moe_hf.finetuning.moe_blocks import find_moe_blocks
 from moe_hf.finetuning.selected_experts import CHILD, selected_modules, stacked_parameters
 from moe_hf.saving import temporary_sibling
@@ -166,7 +167,11 @@ def load_expert_deltas(model: nn.Module, path: str | Path) -> ExpertDeltas:
         if block in deltas.experts and block in blocks and parameter in stacked_parameters(blocks[block].experts):
             experts, ids = blocks[block].experts, deltas.experts[block]
             target = getattr(experts.get_submodule(CHILD) if chosen else experts, parameter)
-            fits = target.shape[1:] == values.shape[1:] and len(values) == len(ids) and max(ids) < experts.num_experts
+            fits = (
+                target.shape[1:] == values.shape[1:]
+                and len(values) == len(ids)
+                and all(i < experts.num_experts for i in ids)
+            )
             rows.append((target, None if chosen else ids, values))
         else:
             target = named.get(name)
@@ -204,9 +209,10 @@ def _read(path: Path) -> tuple[ExpertDeltas, dict[str, torch.Tensor]]:
             if metadata.get("format") != FORMAT:
                 raise MoEError(f"{path} is no file of expert deltas; make one with save_expert_deltas.")
             facts: dict[str, Any] = json.loads(metadata["facts"])
-            facts["experts"] = {name: tuple(ids) for name, ids in facts["experts"].items()}
+            # A selection's reader checks that these are lists of different ids.
+            facts["experts"] = dict(ExpertSelection.load({"experts": facts["experts"]}).experts)
             return ExpertDeltas(**facts), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, MoEError):
             raise
-        raise MoEError(f"{path} cannot be read as expert deltas: {error}.") from error
+        raise MoEError(f"{path} cannot be read as expert deltas: {error!r}.") from error

@@ -33,7 +33,8 @@ class ExpertLora(nn.Module):
     """The adapters of one layer: `{map}_A` (C, r, I), `{map}_B` (C, r, O), with DoRA `{map}_magnitude` (C, O).
 
     Ranks below the largest are filled up with zeros, which get no gradient. Attributes: `ids` are the experts, `local_ids`
-    their places in the module's tensors, `ranks` theirs; `all_ids` has those of other processes too.
+    their places in the module's tensors, `ranks` theirs; `all_ids` has those of other processes too, and `places` says whose
+    adapter is in each row of all processes' tensors, None where a row is nobody's.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ExpertLora(nn.Module):
         self.local_ids = tuple(i - placement.part() * (num_experts // placement.num_parts) for i in self.ids)
         # As many places on each process as the fullest needs.
         num_slots = max(map(len, parts))
+        self.places = tuple(i for part in parts for i in (*part, *[None] * (num_slots - len(part))))
         self.ranks = tuple(config.rank_of(layer, expert) for expert in self.ids)
         rank = max(config.rank_of(layer, expert) for expert in ids)
         self.targets = tuple(name for name in (description.first, description.second) if name in config.target)
@@ -127,13 +129,7 @@ def add_expert_lora(model: nn.Module, config: ExpertLoraConfig) -> nn.Module:
     Raises:
         MoEError: the config does not fit the model, or its experts cannot have adapters; the model is then unchanged.
     """
-    blocks = find_moe_blocks(model)
-    if not blocks:
-        raise MoEError(f"{type(model).__name__} has no MoE block. Upcycle a dense model first.")
-    if config.experts is None:
-        chosen = {name: tuple(range(experts_in(block.experts))) for name, block in blocks.items()}
-    else:
-        chosen = ExpertSelection.load(config.experts).resolve(model)
+    chosen, blocks = chosen_experts(model, config), find_moe_blocks(model)
     for name in chosen:
         _check(name, blocks[name].experts, config)
     distributed = getattr(getattr(model, "config", None), "distributed_config", None)
@@ -150,6 +146,20 @@ def add_expert_lora(model: nn.Module, config: ExpertLoraConfig) -> nn.Module:
         experts.add_module(CHILD, adapter)
         run_in_place_of(experts, expert_lora_forward)
     return model
+
+
+def chosen_experts(model: nn.Module, config: ExpertLoraConfig) -> dict[str, tuple[int, ...]]:
+    """The experts that get adapters by the name of their block.
+
+    Raises:
+        MoEError: there is no MoE block, or the config names experts that are not there.
+    """
+    blocks = find_moe_blocks(model)
+    if not blocks:
+        raise MoEError(f"{type(model).__name__} has no MoE block. Upcycle a dense model first.")
+    if config.experts is None:
+        return {name: tuple(range(experts_in(block.experts))) for name, block in blocks.items()}
+    return ExpertSelection.load(config.experts).resolve(model)
 
 
 def _check(name: str, experts: nn.Module, config: ExpertLoraConfig) -> None:

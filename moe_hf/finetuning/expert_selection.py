@@ -65,6 +65,10 @@ class ExpertSelection:
             return source
         if isinstance(source, str) and source.lstrip().startswith("{"):
             source = _parse(source)
+        if not isinstance(source, Mapping | str | Path):
+            raise MoEError(
+                f"{source!r} is no selection of experts: a map of layers to ids, or a JSON file, is expected."
+            )
         content = dict(source) if isinstance(source, Mapping) else read_json(source)
         where = "The selection" if isinstance(source, Mapping) else str(source)
         if "experts" not in content:

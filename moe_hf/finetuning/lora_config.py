@@ -1,6 +1,7 @@
 """Which experts get a low-rank adapter, of which rank, and how it is scaled."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -43,14 +44,23 @@ class ExpertLoraConfig:
 
     def __post_init__(self) -> None:
         self.target = (self.target,) if isinstance(self.target, str) else tuple(self.target)
+        if not isinstance(self.rank_pattern, Mapping) or not all(isinstance(key, str) for key in self.rank_pattern):
+            raise MoEError(f"rank_pattern is {self.rank_pattern!r}; a map of 'layer.expert' to ranks is expected.")
         ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
         for where, rank in ranks.items():
             if type(rank) is not int or rank < 1:
                 raise MoEError(f"{where} is {rank!r}; a rank is a whole number of at least 1.")
+        for name in ("dropout", "alpha"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise MoEError(f"{name} is {value!r}; it must be a number.")
+        for name, kind in (("use_rslora", bool), ("use_dora", bool), ("seed", int)):
+            if type(getattr(self, name)) is not kind:
+                raise MoEError(f"{name} is {getattr(self, name)!r}; it must be of type {kind.__name__}.")
         if not 0 <= self.dropout < 1:
             raise MoEError(f"dropout is {self.dropout!r}; it must be in [0, 1).")
-        if not self.alpha > 0:
-            raise MoEError(f"alpha is {self.alpha!r}; it must be above 0.")
+        if not 0 < self.alpha < math.inf:
+            raise MoEError(f"alpha is {self.alpha!r}; it must be above 0 and finite.")
         unknown = [name for name in self.target if name not in TARGETS]
         if unknown or not self.target:
             raise MoEError(f"target is {self.target!r}; it must be some of {', '.join(TARGETS)}.")
@@ -81,8 +91,8 @@ class ExpertLoraConfig:
             MoEError: a field that there is not, or a value that is not allowed.
         """
         try:
-            return cls(**values)
-        except TypeError as error:
-            raise MoEError(
-                f"{json.dumps(dict(values), default=str)} does not describe an adapter: {error}."
-            ) from error
+            return cls(**dict(values))
+        except (TypeError, ValueError) as error:
+            if isinstance(error, MoEError):
+                raise
+            raise MoEError(f"{json.dumps(values, default=str)} does not describe an adapter: {error}.") from error

@@ -15,11 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moe_hf.errors import MoEError
-from moe_hf.finetuning.expert_lora import ExpertLora, add_expert_lora, lora_adapters, remove_expert_lora
+from moe_hf.finetuning.expert_lora import (
+    ExpertLora,
+    add_expert_lora,
+    chosen_experts,
+    layer_of,
+    lora_adapters,
+    remove_expert_lora,
+)
+from moe_hf.finetuning.expert_selection import ExpertSelection
 from moe_hf.finetuning.lora_config import ExpertLoraConfig
 from moe_hf.finetuning.lora_sharding import local, whole
 from moe_hf.finetuning.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, from_peft, to_peft
-from moe_hf.saving import temporary_sibling
+from moe_hf.saving import read_json_object, temporary_sibling
 
 
 LORA_NAME = "expert_lora.safetensors"
@@ -78,14 +86,15 @@ def load_expert_lora(model: nn.Module, folder: str | Path) -> nn.Module:
         config, tensors, ids = _read(folder / LORA_NAME)
     elif (folder / PEFT_CONFIG).is_file():
         try:
-            peft_config = json.loads((folder / PEFT_CONFIG).read_text("utf-8"))
+            peft_config = read_json_object(folder / PEFT_CONFIG)
             peft_tensors = load_file(folder / PEFT_WEIGHTS)
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError) as error:
             raise MoEError(f"{folder} cannot be read as adapters of PEFT: {error}.") from error
         config, tensors = from_peft(model, peft_config, peft_tensors)
         ids = None
     else:
         raise MoEError(f"{folder} has neither {LORA_NAME} nor {PEFT_CONFIG}.")
+    _refuse_ranks_that_no_tensor_has(model, config, tensors, folder)
     had = bool(lora_adapters(model))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not had:
@@ -99,6 +108,17 @@ def load_expert_lora(model: nn.Module, folder: str | Path) -> nn.Module:
                 parameter.requires_grad_(name in trained)
         raise
     return model
+
+
+def _refuse_ranks_that_no_tensor_has(
+    model: nn.Module, config: ExpertLoraConfig, tensors: Matrices, folder: Path
+) -> None:
+    """Before memory is taken: adapters are made first and filled afterwards."""
+    chosen = chosen_experts(model, config)
+    ranks = {config.rank_of(layer_of(block), expert) for block, experts in chosen.items() for expert in experts}
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    if max(ranks) > largest:
+        raise MoEError(f"The adapters in {folder} are of rank {max(ranks)}, and their tensors are not: it is damaged.")
 
 
 @torch.no_grad()
@@ -164,8 +184,11 @@ def _read(path: Path) -> tuple[ExpertLoraConfig, Matrices, dict[str, list[int]]]
                 raise MoEError(f"{path} holds no adapters of save_expert_lora.")
             facts = json.loads(metadata["facts"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            config, experts = facts["config"], ExpertSelection.load(facts["experts"]).experts
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, MoEError):
             raise
-        raise MoEError(f"{path} cannot be read as adapters: {error}.") from error
-    return ExpertLoraConfig.from_dict(facts["config"]), tensors, facts["experts"]
+        raise MoEError(f"{path} cannot be read as adapters: {error!r}.") from error
+    if isinstance(config, dict) and isinstance(config.get("experts"), str):
+        raise MoEError(f"{path} says that its experts are in the file {config['experts']!r}: it is damaged.")
+    return ExpertLoraConfig.from_dict(config), tensors, {name: list(ids) for name, ids in experts.items()}

@@ -1,5 +1,6 @@
 """Where the experts of a model are."""
 
+import torch
 from torch import nn
 
 
@@ -14,9 +15,15 @@ def _holds_experts(module: nn.Module) -> bool:
         return False
     if isinstance(experts, nn.ModuleList):
         return len(experts) > 0
-    return any(parameter.ndim >= 3 for parameter in experts.parameters())
+    return any(len(whole_shape(parameter)) >= 3 for parameter in experts.parameters())
 
 
 def experts_in(experts: nn.Module) -> int:
     """E of an experts module with stacked matrices, those on other processes too; 0 where they are not stacked."""
-    return max((p.shape[0] for p in experts.parameters(recurse=False) if p.ndim >= 3), default=0)
+    shapes = map(whole_shape, experts.parameters(recurse=False))
+    return max((shape[0] for shape in shapes if len(shape) >= 3), default=0)
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, also between the uses of one that DeepSpeed's ZeRO-3 leaves empty there."""
+    return getattr(parameter, "ds_shape", parameter.shape)

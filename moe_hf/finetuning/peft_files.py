@@ -72,15 +72,17 @@ def from_peft(model: nn.Module, peft_config: dict[str, Any], tensors: Matrices) 
     Raises:
         MoEError: the files are not of `target_parameters` on experts alone, or do not fit the model.
     """
-    targets = peft_config.get("target_parameters") or []
-    names = tuple(name for name in TARGETS if any(target.rpartition(".")[2] == name for target in targets))
+    targets = peft_config.get("target_parameters")
+    # PEFT itself takes a list; a pattern as one text names parameters that only it can find.
+    targets = targets if isinstance(targets, list) else []
+    names = tuple(name for name in TARGETS if any(str(target).rpartition(".")[2] == name for target in targets))
     if peft_config.get("peft_type") != "LORA" or not names or peft_config.get("rank_pattern"):
         raise MoEError(
             "The files of PEFT are no LoRA on target_parameters of experts with one rank. Load them with PeftModel."
         )
     config = ExpertLoraConfig(
-        r=peft_config["r"],
-        alpha=float(peft_config["lora_alpha"]),
+        r=peft_config.get("r"),
+        alpha=peft_config.get("lora_alpha"),
         use_rslora=bool(peft_config.get("use_rslora")),
         target=names,
     )

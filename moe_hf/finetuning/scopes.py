@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.expert_selection import ExpertSelection
-from moe_hf.finetuning.moe_blocks import find_moe_blocks
+from moe_hf.finetuning.moe_blocks import find_moe_blocks, whole_shape
 from moe_hf.finetuning.selected_experts import (
     merge_selected_experts,
     selected_parameter_names,
@@ -118,9 +118,9 @@ def report_scope(model: nn.Module, scope: str) -> ScopeReport:
     twice = set(selected_parameter_names(model))
     return ScopeReport(
         scope=scope,
-        trainable_parameters=sum(p.numel() for p in trained.values()),
-        total_parameters=sum(p.numel() for name, p in model.named_parameters() if name not in twice),
-        trainable_bytes=sum(p.numel() * p.element_size() for p in trained.values()),
+        trainable_parameters=sum(whole_shape(p).numel() for p in trained.values()),
+        total_parameters=sum(whole_shape(p).numel() for name, p in model.named_parameters() if name not in twice),
+        trainable_bytes=sum(whole_shape(p).numel() * p.element_size() for p in trained.values()),
         names=tuple(trained),
     )
 

@@ -14,10 +14,16 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
 
 from moe_hf.errors import MoEError
+from moe_hf.reporting.card import MoECard
 
 
+logger = logging.get_logger(__name__)
+
+# Of a file of the repository: what has a scheme lies elsewhere.
+_PICTURE = re.compile(r"!\[[^\]]*\]\(([^()\s:]+)\)")
 _STATUS_OF_XET = re.compile(r"HTTP status (?:client|server) error \((\d{3})")
 LOGIN_HINT = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
 
@@ -80,14 +86,24 @@ def open_repository(
 def final_card(
     api: HfApi, repo_id: str, revision: str | None, card: ModelCard, tags: list[str], overwrite: bool
 ) -> ModelCard:
-    """The card to push: one that people may have edited on the Hub stays, and gets the tags that it lacks.
+    """The card to push. One that people may have edited on the Hub stays, and gets the tags and results that it lacks.
+
+    Results of the same task, data and metric are replaced by the new ones, as `huggingface_hub.metadata_update` does; the
+    rest of the metadata and the text are left to who wrote them. A picture that only the new card shows is told in a warning.
+
+    Args:
+        card (`ModelCard`): the new one, which is pushed where there is none, or with `overwrite`.
+
+    Returns:
+        `ModelCard`, with the files that go beside the new card, if it has any.
 
     Raises:
         `MoEError`: the card on the Hub cannot be read.
     """
     if not overwrite:
         try:
-            card = ModelCard.load(api.hf_hub_download(repo_id, "README.md", revision=revision))
+            there = ModelCard.load(api.hf_hub_download(repo_id, "README.md", revision=revision))
+            card = _kept_card(there, card, repo_id)
         except EntryNotFoundError:
             # The first push: the new card is used.
             pass
@@ -103,6 +119,24 @@ def final_card(
     if missing:
         card.data.tags = [*(card.data.tags or []), *missing]
     return card
+
+
+def _kept_card(there: ModelCard, new: ModelCard, repo_id: str) -> MoECard:
+    kept = MoECard(str(there))
+    kept.companions = getattr(new, "companions", {})
+    results = list(there.data.eval_results or [])
+    for result in new.data.eval_results or []:
+        results = [old for old in results if not result.is_equal_except_value(old)] + [result]
+    if results:
+        kept.data.eval_results = results
+        kept.data.model_name = there.data.model_name or new.data.model_name
+    unseen = [name for name in _PICTURE.findall(new.text) if name not in there.content]
+    if unseen:
+        logger.warning(
+            f"The card that is in {repo_id} stays as it is. {unseen[0]} is pushed, and the card does not show it: add "
+            f"`![]({unseen[0]})` there, or pass overwrite_card=True."
+        )
+    return kept
 
 
 def status_of(error: BaseException | None) -> int | None:

@@ -16,8 +16,8 @@ NEVER_PUSHED = (
     *("optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_state.json", "checkpoint-*", "global_step*"),
     *(".*", "__pycache__", "id_rsa*", "id_ed25519*", "*.pem", "*.key", MANIFEST_NAME),
 )
-# `.gitattributes` says which files are large, and is the one hidden file that belongs to a repository.
-_HIDDEN_AND_PUSHED = (".gitattributes",)
+# Hidden, and yet part of a repository: which files are large, and the results that the Hub shows.
+_HIDDEN_AND_PUSHED = (".gitattributes", ".eval_results")
 SECRETS = {
     "a token of the Hugging Face Hub": rb"\bhf_[A-Za-z0-9]{30,}\b",
     "a token of GitHub": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})\b",

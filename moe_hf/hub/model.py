@@ -89,7 +89,8 @@ def push_model(
         max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): largest file of weights.
         tags (`list[str]`, *optional*): added to the card's.
         card_facts (`dict`, *optional*): see [`model_card`].
-        overwrite_card (`bool`, *optional*, defaults to `False`): replace a card that is already in the repository.
+        overwrite_card (`bool`, *optional*, defaults to `False`): replace a card that is already in the repository. It stays
+            otherwise, and gets the tags and results that it lacks; pictures and `.eval_results` are pushed in any case.
 
     Returns:
         `CommitInfo` of the commit, or of the newest one when nothing changed.

@@ -72,14 +72,16 @@ def push_folder(
         create_pr (`bool`, *optional*, defaults to `False`): propose the commit instead of making it.
         card_facts (`dict`, *optional*): for the card of a folder without a `README.md`, see [`model_card`]; of adapters
             and deltas the metadata and the title.
-        overwrite_card (`bool`, *optional*, defaults to `False`): replace a card that is already in the repository.
+        overwrite_card (`bool`, *optional*, defaults to `False`): replace a card that is already in the repository. It stays
+            otherwise, and gets the results of the new one; pictures and `.eval_results` are pushed in any case.
 
     Returns:
         `CommitInfo` of the commit, or of the newest one when nothing changed.
 
     Raises:
         `MoEError`: the folder is none of these, damaged, or holds a secret; its card is broken; a bad name, no or a wrong
-            token, no right to write; the model has no exact native form; or a transfer that failed.
+            token, no right to write; the model has no exact native form; facts for a folder that has a card; or a transfer
+            that failed.
     """
     folder = Path(folder).expanduser()
     check_repo_id(repo_id)
@@ -98,7 +100,7 @@ def push_folder(
         open_repository(api, repo_id, private=private, revision=revision, create_pr=create_pr)
         card = final_card(api, repo_id, None if create_pr else revision, card, [], overwrite_card)
         card.save(Path(work, "README.md"))
-        files["README.md"] = Path(work, "README.md")
+        files |= {name: Path(work, name) for name in ("README.md", *getattr(card, "companions", ()))}
         left = [name for name in left if name != MANIFEST_NAME]
         if left:
             logger.warning(
@@ -141,6 +143,11 @@ def _check_whole(folder: Path, kind: str) -> None:
 def _card_of(folder: Path, kind: str, repo_id: str, facts: dict[str, Any] | None) -> ModelCard:
     own = folder / "README.md"
     if own.is_file():
+        if facts:
+            raise MoEError(
+                f"{own} is the card, and card_facts are for a folder without one: nothing was sent. Write the facts into it "
+                "(`moe-hf card` makes a card of them), remove it, or leave card_facts out."
+            )
         try:
             return ModelCard.load(own)
         except (ValueError, yaml.YAMLError) as error:

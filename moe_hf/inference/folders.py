@@ -12,6 +12,7 @@ random.
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,18 @@ import transformers
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_hf.errors import MoEError
 from moe_hf.inference.expert_cache import PLAIN, CachedMatrices, DiskBacking, HostBacking
 from moe_hf.inference.offload import WEIGHTS_FOLDER, check_residents, tensor_names
 from moe_hf.inference.quantize import QuantizedMatrices, expert_modules, set_stored
 from moe_hf.inference.schemes import QuantizationScheme
-from moe_hf.kernels import StoredExperts, describe_experts
+from moe_hf.inspection import config_errors, load_config
+from moe_hf.kernels import StoredExperts, describe_experts, leave_to_each_process
 from moe_hf.modeling import modeling_moe
 from moe_hf.saving import atomic_folder, refuse_existing, verify_manifest
+from moe_hf.weight_checks import refuse_more_than_there_is
 from moe_hf.weight_files import WEIGHTS_NAME, CheckpointReader, TensorSpec
 
 
@@ -142,8 +145,8 @@ def load_low_memory(
     if resident_per_layer is not None:
         check_residents(resident_per_layer)
     class_name, weights = _facts(folder)
-    model = _empty_model(folder, class_name)
     reader = CheckpointReader(folder / WEIGHTS_FOLDER)
+    model = _empty_model(folder, class_name, reader.tensors)
     owners, taken = dict(model.named_modules()), set()
     for full, fact in weights.items():
         owner, _, name = full.rpartition(".")
@@ -172,6 +175,7 @@ def load_low_memory(
             )
         set_stored(owners[owner], name, StoredExperts(source, fact.swapped))
     _load_rest(model, reader, taken, device)
+    leave_to_each_process(model)
     return model.eval()
 
 
@@ -202,24 +206,29 @@ def _weight_facts(fact: dict[str, Any]) -> WeightFacts:
     return WeightFacts(shape, getattr(torch, fact["dtype"]), bool(fact["swapped"]), scheme)
 
 
-def _empty_model(folder: Path, class_name: str) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(folder)
+def _empty_model(folder: Path, class_name: str, tensors: Mapping[str, TensorSpec]) -> PreTrainedModel:
+    config = load_config(str(folder))
+    refuse_more_than_there_is(folder, config, tensors)
     owner = modeling_moe if hasattr(modeling_moe, class_name) else transformers
     cls = getattr(owner, class_name, None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise MoEError(f"{folder} holds a {class_name}, which neither moe_hf nor transformers has.")
     # Buffers that no file has, such as the frequencies of positions, are computed as they always are.
-    with init_empty_weights(include_buffers=False):
+    with config_errors(folder), init_empty_weights(include_buffers=False):
         model = cls._from_config(config) if owner is transformers else cls(config)
     if (folder / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        with config_errors(folder):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
 
 
 def _load_rest(model: PreTrainedModel, reader: CheckpointReader, taken: set[str], device: torch.device) -> None:
     state = {name: reader.read(name) for name in reader.tensors if name not in taken}
     stored = {name for name, p in model.named_parameters() if not p.is_meta}
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise MoEError(f"{reader.folder} does not fit the model: {' '.join(str(error).split())}") from error
     missing = [name for name in missing if name not in stored]
     if missing or unexpected:
         raise MoEError(f"{reader.folder} does not fit the model: missing {missing[:3]}, not known {unexpected[:3]}.")

@@ -15,7 +15,7 @@ from moe_hf.finetuning import find_moe_blocks
 from moe_hf.inference.expert_cache import PLAIN, Backing, CachedMatrices, DiskBacking, HostBacking
 from moe_hf.inference.quantize import expert_modules, set_stored
 from moe_hf.inference.schemes import Parts
-from moe_hf.kernels import StoredExperts, describe_experts, stored_maps
+from moe_hf.kernels import StoredExperts, describe_experts, leave_to_each_process, stored_maps
 from moe_hf.weight_files import CheckpointReader
 
 
@@ -89,6 +89,7 @@ def offload_experts(
             stored.append((experts, name, StoredExperts(cached, source is not None and weight.swapped)))
     for experts, name, weight in stored:
         set_stored(experts, name, weight)
+    leave_to_each_process(model)
     return model.to(target)
 
 

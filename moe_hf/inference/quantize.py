@@ -19,11 +19,13 @@ from moe_hf.kernels import (
     StoredExperts,
     describe_experts,
     is_replaced,
+    leave_to_each_process,
     refuse_stored,
     restore,
     run_in_place_of,
     stored_experts_forward,
     stored_maps,
+    stored_names,
 )
 
 
@@ -80,7 +82,8 @@ def quantize_experts(
     """Quantize the routed experts of `model`, ours or a native MoE of transformers, in place; all else stays as it is.
 
     The codes are decoded where they are used: one matrix at a time, of the experts that a pass chose. Quantized experts are
-    frozen; adapters train over them (`add_expert_lora`, afterwards). Biases of experts are not quantized.
+    frozen; adapters train over them (`add_expert_lora`, afterwards), under DDP too, where each process has its own copy of the
+    codes. `torch.compile` runs what is around the experts, and breaks its graph at them. Biases of experts are not quantized.
 
     Args:
         scheme (`str` or `QuantizationScheme`): `"int8"` (a scale per output row), or `"nf4"` (blocks of 64).
@@ -111,6 +114,7 @@ def quantize_experts(
         swapped = describe_experts(experts).transposed
         for name, parameter in _maps(experts).items():
             set_stored(experts, name, StoredExperts(_quantized(parameter, scheme, swapped), swapped))
+    leave_to_each_process(model)
     error = None if tokens is None else logit_error(expected, logits_of(model, tokens))
     return LowMemoryReport(before, model_bytes(model), error)
 
@@ -134,12 +138,14 @@ def restore_experts(model: nn.Module) -> nn.Module:
     Raises:
         MoEError: the experts have adapters; remove these first.
     """
+    were_stored = stored_names(model)
     for experts in expert_modules(model).values():
         for name, stored in stored_maps(experts).items():
             whole = torch.stack([stored[expert].clone() for expert in range(len(stored))])
             experts.register_parameter(name, nn.Parameter(whole.contiguous(), requires_grad=False))
         if is_replaced(experts):
             restore(experts)
+    leave_to_each_process(model, restored=were_stored)
     return model
 
 

@@ -38,7 +38,15 @@ from moe_hf.kernels.experts import LinearMap, base_map, grouped_experts, stored_
 from moe_hf.kernels.matmul import rows_outer_experts, rows_times_experts
 from moe_hf.kernels.projections import ChosenProjection, Projection, Tensors
 from moe_hf.kernels.rows import ExpertRows, sort_rows
-from moe_hf.kernels.stored import MatrixSource, StoredExperts, has_stored, refuse_stored, stored_maps
+from moe_hf.kernels.stored import (
+    MatrixSource,
+    StoredExperts,
+    has_stored,
+    leave_to_each_process,
+    refuse_stored,
+    stored_maps,
+    stored_names,
+)
 
 
 __all__ = [
@@ -55,6 +63,7 @@ __all__ = [
     "grouped_experts",
     "has_stored",
     "is_replaced",
+    "leave_to_each_process",
     "refuse_stored",
     "restore",
     "rows_outer_experts",
@@ -63,4 +72,5 @@ __all__ = [
     "sort_rows",
     "stored_experts_forward",
     "stored_maps",
+    "stored_names",
 ]

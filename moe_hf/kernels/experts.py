@@ -79,7 +79,10 @@ def grouped_experts(
 
 
 # Sizes of groups depend on the data, and matrices are made on the way: one break of a compiled graph per layer.
-@torch.compiler.disable
+@torch.compiler.disable(
+    reason="quantized and offloaded experts are decoded one at a time, outside of a graph: compile without fullgraph=True, "
+    "or restore_experts(model) first"
+)
 def stored_experts_forward(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:

@@ -15,6 +15,10 @@ from torch import nn
 from moe_hf.errors import MoEError
 
 
+# What DistributedDataParallel looks for on the model that it wraps. It would send the numbers of all else to each process.
+_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
+
+
 class MatrixSource(ABC):
     """Where the matrices of one map are: `shape` is (E, O, I); matrices come in `dtype`, on `device`, without autograd."""
 
@@ -118,7 +122,22 @@ def stored_maps(experts: nn.Module) -> dict[str, StoredExperts]:
 
 def has_stored(model: nn.Module) -> bool:
     """Whether experts of `model` are quantized or offloaded."""
-    return any(isinstance(parameter, StoredExperts) for parameter in model.parameters())
+    return bool(stored_names(model))
+
+
+def stored_names(model: nn.Module) -> set[str]:
+    """Names of the parameters of `model` that are quantized or offloaded experts."""
+    return {name for name, parameter in model.named_parameters() if isinstance(parameter, StoredExperts)}
+
+
+def leave_to_each_process(model: nn.Module, restored: Collection[str] = ()) -> None:
+    """Let DDP leave stored experts alone: each process has them from the same checkpoint.
+
+    Args:
+        restored (`Collection[str]`): parameters that were stored, and are DDP's again.
+    """
+    ignored = {*getattr(model, _IGNORED_BY_DDP, ())} - {*restored} | stored_names(model)
+    setattr(model, _IGNORED_BY_DDP, sorted(ignored))
 
 
 def refuse_stored(name: str, experts: nn.Module) -> None:

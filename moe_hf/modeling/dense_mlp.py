@@ -140,8 +140,13 @@ def find_mlp_sites(base_model: nn.Module) -> list[MLPSite]:
         One `MLPSite` per layer that has an MLP; hybrid decoders may have layers without one.
 
     Raises:
-        MoEError: when no layer has a known MLP, or one already has experts.
+        MoEError: when no layer has a known MLP, one already has experts, or DeepSpeed has cut the weights.
     """
+    if any(hasattr(parameter, "ds_id") for parameter in base_model.parameters()):
+        raise MoEError(
+            "DeepSpeed's ZeRO-3 has cut the weights of this model already, and MLPs are found from whole ones. Load or build "
+            "it before TrainingArguments are made, or in `with moe_hf.trainer.loaded_whole():`."
+        )
     best: list[MLPSite] = []
     # Of this length, so that the layers of a vision or audio tower are not taken for the decoder's.
     depth = base_model.config.num_hidden_layers

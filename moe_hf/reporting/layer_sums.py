@@ -4,8 +4,10 @@ Letters: T tokens (sub-tokens, where a router takes those), E experts, K experts
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from moe_hf.finetuning.router_watch import RouterDecision
 
@@ -33,6 +35,25 @@ class LayerSums:
         self.active = torch.zeros(num_experts + 1, dtype=torch.int64)
         self.together = torch.zeros(num_experts, num_experts, dtype=torch.int64)
         self.groups: dict[str, torch.Tensor] = {}
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """All sums by name, int64 or float64; `from_tensors` is the inverse."""
+        counts = {"num_tokens": torch.tensor(self.num_tokens)}
+        means = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("entropy", "top_1")}
+        tables = {name: getattr(self, name) for name in ("choices", "dropped", "weight", "active", "together")}
+        return counts | means | tables | {f"groups.{kind}": table for kind, table in self.groups.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "LayerSums":
+        """The sums that these tensors are of."""
+        sums = cls(len(tensors["choices"]))
+        for name, tensor in tensors.items():
+            kind = name.partition("groups.")[2]
+            if kind:
+                sums.groups[kind] = tensor
+            else:
+                setattr(sums, name, tensor if tensor.ndim else tensor.item())
+        return sums
 
     @torch.no_grad()
     def add(
@@ -102,3 +123,43 @@ class ChangeSums:
         self.same_first += int((own.argmax(-1) == other.argmax(-1)).sum()) if len(own) else 0
         self.used += ours.sum(0).cpu()
         self.kept += both.sum(0).cpu()
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """All sums by name, int64; `from_tensors` is the inverse."""
+        names = ("same_choices", "union", "same_set", "same_first", "num_tokens", "used", "kept")
+        return {name: torch.as_tensor(getattr(self, name)) for name in names}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "ChangeSums":
+        """The sums that these tensors are of."""
+        sums = cls(len(tensors["used"]))
+        for name, tensor in tensors.items():
+            setattr(sums, name, tensor if tensor.ndim else tensor.item())
+        return sums
+
+
+def summed_over_processes(tensors: Mapping[Any, torch.Tensor], device: torch.device) -> dict[Any, torch.Tensor]:
+    """The sum of each tensor over all processes, in one collective call for each of int64 and float64.
+
+    A process may lack a tensor, or have fewer rows of it than others: what is missing counts as 0.
+
+    Args:
+        device: where the processes' backend sums.
+    """
+    shapes: list[dict[Any, tuple]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(shapes, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    largest: dict[Any, tuple] = {}
+    for name, (dtype, shape) in (item for own in shapes for item in own.items()):
+        largest[name] = dtype, max(largest.get(name, (dtype, shape))[1], shape)
+    result = {}
+    for dtype in (torch.int64, torch.float64):
+        wanted = {name: torch.zeros(shape, dtype=dtype) for name, (kind, shape) in largest.items() if kind == dtype}
+        for name, whole in wanted.items():
+            if name in tensors:
+                (whole[: len(tensors[name])] if whole.ndim else whole).copy_(tensors[name])
+        flat = torch.cat([whole.reshape(-1) for whole in wanted.values()] or [torch.zeros(0, dtype=dtype)]).to(device)
+        dist.all_reduce(flat)
+        parts = flat.cpu().split([whole.numel() for whole in wanted.values()])
+        result |= {name: part.view(whole.shape) for (name, whole), part in zip(wanted.items(), parts, strict=True)}
+    # In the order in which the first process that has them does.
+    return {name: result[name] for name in largest}

@@ -88,7 +88,7 @@ def plot_routing(statistics: RoutingStatistics, path: str | os.PathLike, *, titl
     labels = [layer.label for layer in layers]
     height = 1.6 + min(0.3 * len(layers), 8)
     figure = Figure(figsize=(10, height), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=[6, 2, 2])
+    left, middle, right = figure.subplots(1, 3, width_ratios=[6, 2, 2.3])
     load = filled_table([layer.load for layer in layers])
     heat_map(left, load, labels, _numbers(load.shape[1]), title="load by layer and expert (1 = even share)")
     left.set_xlabel("expert", fontsize=8)
@@ -155,7 +155,8 @@ def spread_over(layers: Sequence[LayerStatistics], count: int) -> list[LayerStat
 def _panels(
     panels: Sequence[tuple[str, torch.Tensor]], row_labels: list[str] | None, title: str, centre: float | None
 ) -> Figure:
-    columns = min(3, len(panels))
+    # Four are a square, and not three and one.
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     height = 0.9 + min(0.26 * panels[0][1].shape[0], 5)
     figure = Figure(figsize=(max(4.2 * columns, 6), 0.5 + height * rows), layout="constrained")

@@ -104,6 +104,18 @@ def write_report(statistics: RoutingStatistics, folder: str | Path, *, title: st
     return files
 
 
+def _tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Figures with their names; what only tells how to read the one before it stands in its name."""
+    tiles: list[tuple[str, str]] = []
+    for name, value in summary.items():
+        of_previous = "chance" if name.endswith(", chance") else "layer" if name == "worst layer" else None
+        if of_previous is None:
+            tiles.append((name, figure_text(value)))
+        else:
+            tiles[-1] = (f"{tiles[-1][0]} ({of_previous} {figure_text(value)})", tiles[-1][1])
+    return tiles
+
+
 def report_page(statistics: RoutingStatistics, *, title: str | None = None) -> str:
     """The HTML page of a report, one file without links to others."""
     # Everything is escaped, text of tokens too; nothing on the page is marked as safe.
@@ -112,7 +124,7 @@ def report_page(statistics: RoutingStatistics, *, title: str | None = None) -> s
     return template.render(
         title=title or statistics.model,
         statistics=statistics,
-        summary=[(name, figure_text(value)) for name, value in statistics.summary().items()],
+        tiles=_tiles(statistics.summary()),
         load=_by_layer(
             "load: choices over an even share", statistics, [layer.load for layer in statistics.layers], 1.0
         ),

@@ -3,11 +3,12 @@
 Letters: B batch, S sequence, T = B * S tokens, E experts, L MoE layers.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,7 +16,7 @@ from moe_hf.errors import MoEError
 from moe_hf.finetuning.router_watch import RouterDecision, RouterWatch, are_probabilities, find_routers, log_scores
 from moe_hf.modeling.routing_ids import ID_ARGUMENTS, id_counts
 from moe_hf.reporting.drift import drift_from_origin
-from moe_hf.reporting.layer_sums import ChangeSums, LayerSums, served_weights
+from moe_hf.reporting.layer_sums import ChangeSums, LayerSums, served_weights, summed_over_processes
 from moe_hf.reporting.statistics import LayerChange, LayerStatistics, RoutingStatistics, TextSample
 from moe_hf.reporting.token_groups import (
     TOKEN_CLASSES,
@@ -42,12 +43,13 @@ def routing_statistics(
     origin: PreTrainedModel | None = None,
     max_tokens: int | None = None,
     sample_tokens: int = 300,
+    all_processes: bool = False,
 ) -> RoutingStatistics:
     """Run a MoE over a text and return what each expert of each layer did for it.
 
     Works on this package's models and on transformers' own whose router returns logits, weights and choices (Mixtral,
     Qwen3-MoE, OLMoE, DeepSeek-V3, ...). Memory does not grow with the text. The model is put back into the mode that it was
-    in. Each process counts its own data.
+    in. Each process counts its own data, and with `all_processes` each gets the figures of all data.
 
     Args:
         model (`PreTrainedModel`): a MoE.
@@ -59,16 +61,20 @@ def routing_statistics(
         against (`PreTrainedModel`, *optional*): another checkpoint with the same layers and numbers of experts, which runs
             on the same tokens.
         origin (`PreTrainedModel`, *optional*): the dense model that `model` was upcycled from; see [`drift_from_origin`].
-        max_tokens (`int`, *optional*): of each domain; its last batch is counted whole.
+        max_tokens (`int`, *optional*): of each domain, in each process; its last batch is counted whole.
         sample_tokens (`int`): of each domain, to be shown.
+        all_processes (`bool`): all processes of `torch.distributed` call this with the same model and domains, each with a
+            part of the text (which may be empty). Sums are added up before figures are made of them: counts are exactly
+            those of one process on the whole text.
 
     Raises:
         MoEError: the model has no routers or one that cannot be read, no token was counted, a checkpoint to compare with
-            does not fit.
+            does not fit; with `all_processes`, in all of them if in one.
     """
     domains = data if isinstance(data, Mapping) else {DEFAULT_DOMAIN: data}
     drift = () if origin is None else drift_from_origin(model, origin)
     counter = _Counter(model, tuple(domains), tokenizer, against, sample_tokens)
+    failure: MoEError | None = None
     try:
         for domain, batches in enumerate(domains.values()):
             counter.start_domain(domain)
@@ -77,8 +83,15 @@ def routing_statistics(
                 counter.run(batch)
                 if max_tokens is not None and counter.num_tokens - before >= max_tokens:
                     break
+    except MoEError as error:
+        if not all_processes:
+            raise
+        # The others would wait for this process.
+        failure = error
     finally:
         counter.close()
+    if all_processes:
+        counter.add_other_processes(failure)
     return counter.result(origin=None if origin is None else _name(origin), drift=drift)
 
 
@@ -167,6 +180,34 @@ class _Counter:
         for change, table, other in zip(self.changes, tables, others, strict=True):
             change.add(table, served_weights(other).to(table.device), other.token_mask)
 
+    def add_other_processes(self, failure: MoEError | None) -> None:
+        """Take the sums of all processes, and the heads of their texts in the order of the processes."""
+        if not (dist.is_available() and dist.is_initialized()):
+            raise MoEError("all_processes=True needs processes: start the program with torchrun, or leave it out.")
+        states: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, (failure and str(failure), self.domains, self.num_tokens, self.samples))
+        if failure is not None:
+            raise failure
+        for rank, (said, domains, _, _) in enumerate(states):
+            if said is not None or domains != self.domains:
+                reason = said or f"it has the domains {list(domains)}, this one {list(self.domains)}"
+                raise MoEError(f"Process {rank} could not count its text: {reason}")
+        self.num_tokens = sum(state[2] for state in states)
+        self.samples = [
+            _Sample.joined(parts, self.sample_tokens) for parts in zip(*(s[3] for s in states), strict=True)
+        ]
+        own = {("sums", name): sums.to_tensors() for name, sums in self.sums.items()}
+        own |= {("changes", place): sums.to_tensors() for place, sums in enumerate(self.changes)}
+        flat = {(*owner, name): tensor for owner, tensors in own.items() for name, tensor in tensors.items()}
+        uses_gpu = dist.get_backend() == dist.Backend.NCCL
+        found: dict[tuple, dict[str, torch.Tensor]] = {}
+        for (*owner, name), tensor in summed_over_processes(
+            flat, self.model.device if uses_gpu else torch.device("cpu")
+        ).items():
+            found.setdefault(tuple(owner), {})[name] = tensor
+        self.sums = {name: LayerSums.from_tensors(t) for (what, name), t in found.items() if what == "sums"}
+        self.changes = [ChangeSums.from_tensors(t) for (what, _), t in sorted(found.items()) if what == "changes"]
+
     def result(self, **more: Any) -> RoutingStatistics:
         if self.num_tokens == 0:
             raise MoEError("No token was counted: the data are empty, or all of them padding.")
@@ -212,6 +253,15 @@ class _Sample:
             weights = table.view(len(real), -1, table.shape[1]).sum(1)[places.to(table.device)]
             rows.append(torch.where(weights.amax(-1) > 0, weights.argmax(-1), -1).cpu())
         self.experts.append(torch.stack(rows))
+
+    @classmethod
+    def joined(cls, parts: "Sequence[_Sample]", wanted: int) -> "_Sample":
+        """The parts one after the other, up to `wanted` tokens."""
+        sample = cls()
+        sample.token_ids = [token for part in parts for token in part.token_ids][:wanted]
+        experts = [columns for part in parts for columns in part.experts]
+        sample.experts = [torch.cat(experts, dim=1)[:, :wanted]] if experts else []
+        return sample
 
     def result(self, domain: str, tokenizer: PreTrainedTokenizerBase | None) -> TextSample:
         tokens = None if tokenizer is None else token_texts(tokenizer, self.token_ids)

@@ -2,6 +2,7 @@
 
 from moe_hf.trainer.arguments import MoETrainingArguments
 from moe_hf.trainer.capacity_schedule import CapacitySchedule, CapacityScheduleCallback
+from moe_hf.trainer.deepspeed import loaded_whole
 from moe_hf.trainer.early_stopping import HeldOutGapCallback
 from moe_hf.trainer.expert_balance import (
     ExpertBalanceCallback,
@@ -33,6 +34,7 @@ __all__ = [
     "add_router_losses",
     "check_finite",
     "leave_idle_experts_alone",
+    "loaded_whole",
     "parameter_groups",
     "start_counting",
     "update_correction_bias",

@@ -292,7 +292,8 @@ class MoEArgumentParser(HfArgumentParser):
                 instances.append(dataclass_type(**values))
             except MoEError:
                 raise
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+                # Which one it is depends on the field: transformers computes with some before it looks at their types.
                 raise MoEError(f"{dataclass_type.__name__}: {error}") from error
         return tuple(instances)
 

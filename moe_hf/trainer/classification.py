@@ -20,6 +20,7 @@ from moe_hf.data import split_by_document
 from moe_hf.errors import MoEError
 from moe_hf.library_tasks import library_task
 from moe_hf.trainer.arguments import ModelArguments, MoETrainingArguments
+from moe_hf.trainer.deepspeed import loaded_whole
 from moe_hf.trainer.moe_trainer import MoETrainer
 
 
@@ -111,6 +112,7 @@ def _first(rows: Dataset, count: int | None) -> Dataset:
     return rows if count is None else rows.select(range(min(count, len(rows))))
 
 
+@loaded_whole()
 def load_classifier(
     args: ModelArguments, training_args: MoETrainingArguments, data: LabelledData, task: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback
 
 from moe_hf.errors import MoEError
-from moe_hf.finetuning.scopes import find_moe_blocks
+from moe_hf.finetuning.moe_blocks import find_moe_blocks, whole_shape
 
 
 # Kernels that compute an expert without calling its activation have no place for a dropout.
@@ -63,8 +63,8 @@ def _activation(name: str, experts: nn.Module) -> nn.Module:
             f"{', '.join(IMPLEMENTATIONS)}."
         )
     if getattr(experts, "has_gate", False):
-        weight = next(parameter for parameter in experts.parameters() if parameter.dim() == 3)
-        width = weight.shape[1] // 2 * 2
+        weight = next(parameter for parameter in experts.parameters() if len(whole_shape(parameter)) == 3)
+        width = whole_shape(weight)[1] // 2 * 2
         calls: list[bool] = []
         handle = activation.register_forward_hook(lambda *_: calls.append(True))
         experts._apply_gate(torch.zeros(1, width, device=weight.device, dtype=weight.dtype))

@@ -22,12 +22,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.scopes import find_moe_blocks
+from moe_hf.inspection import EXPERT_COUNT_NAMES
 from moe_hf.modeling.parallel_plans import refuse_heads
+from moe_hf.trainer.deepspeed import refuse_with_deepspeed
 
 
 SIZES = ("dp_replicate_size", "fsdp_size", "tp_size", "ep_size")
@@ -176,7 +178,7 @@ def check_config(config: PreTrainedConfig, layout: DistributedConfig | None) -> 
     if layout is None:
         return
     refuse_heads(config, layout.tp_size)
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+    for name in EXPERT_COUNT_NAMES:
         experts = getattr(config, name, None)
         # With a number per layer the model says it, as it is built.
         if isinstance(experts, int) and getattr(config, "num_experts_per_layer", None) is None:
@@ -255,3 +257,30 @@ def _untie(model: PreTrainedModel) -> None:
 def prod_of(layout: DistributedConfig) -> int:
     """How many processes a layout needs."""
     return prod(getattr(layout, name) for name in MESH)
+
+
+def place(model: nn.Module, layout: DistributedConfig | None, args: TrainingArguments) -> nn.Module:
+    """The model in the layout that a run's arguments ask for, changed in place where it is whole yet.
+
+    Raises:
+        MoEError: what they ask for contradicts itself, the machine, or what the model is.
+    """
+    if args.deepspeed is not None:
+        refuse_with_deepspeed(model, layout, args)
+    find_unused, present = bool(args.ddp_find_unused_parameters), layout_of(model)
+    check_model(model, layout, args.world_size, find_unused)
+    if layout is None:
+        return model
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise MoEError("fsdp_size and Accelerate's FSDP both shard the model: start without its FSDP settings.")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if args.device.type != ("cpu" if accelerator is None else accelerator.type):
+        raise MoEError("A layout runs on the accelerator of a machine that has one: leave use_cpu out.")
+    if present is None:
+        return distribute(model, layout)
+    if present.to_dict() != layout.to_dict():
+        words = [describe_layout(each, args.world_size) for each in (present, layout)]
+        raise MoEError(
+            f"The model is sharded already, as {words[0]}; the arguments ask for {words[1]}. Give one of them."
+        )
+    return model

@@ -1,6 +1,7 @@
 """`MoETrainer`: transformers' Trainer with checkpoints that can be trusted and losses that a MoE needs."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,13 +83,19 @@ class MoETrainer(StepTrainer, ResumableTrainer):
         self.scope_report: ScopeReport | None = None
         if isinstance(args, MoETrainingArguments) and args.scope == LORA_SCOPE:
             layout = args.layout()
+            if layout is not None and layout.tp_size > 1 and layout.ep_size == 1:
+                raise MoEError(
+                    "tp_size cuts each expert in pieces, which adapters do not follow. Use fsdp_size, or add ep_size."
+                )
             if layout is not None and not is_sharded(model):
                 # Adapters join experts that are spread over processes already.
                 distribute(model, layout)
             add_expert_lora(model, _lora_config(args))
             self.scope_report = report_scope(model, LORA_SCOPE)
         elif isinstance(args, MoETrainingArguments) and args.scope is not None:
-            master_dtype = torch.float32 if args.fp32_masters else None
+            _refuse_selected_in_shards(model, args)
+            # DeepSpeed has masters of its own.
+            master_dtype = torch.float32 if args.fp32_masters and args.deepspeed is None else None
             _refuse_late_masters(model, args.scope, master_dtype)
             self.scope_report = apply_scope(
                 model, args.scope, master_dtype=master_dtype, expert_selection=args.expert_selection
@@ -100,8 +107,6 @@ class MoETrainer(StepTrainer, ResumableTrainer):
             args.ddp_find_unused_parameters = False
         _make_dtypes_alike(model, args)
         super().__init__(model=model, args=args, **kwargs)
-        if self._trains_selected() and (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(self.model)):
-            raise MoEError("The scope selected trains in one process or with DDP, not in shards.")
         if self.scope_report is not None and self.is_world_process_zero():
             print(self.scope_report)
 
@@ -262,6 +267,16 @@ class MoETrainer(StepTrainer, ResumableTrainer):
         super()._load_whole(folder)
 
 
+def _refuse_selected_in_shards(model: nn.Module, args: MoETrainingArguments) -> None:
+    """Chosen experts are rows beside stacked tensors that each process must have whole."""
+    by_accelerate = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if args.scope == "selected" and (args.layout() or by_accelerate or args.deepspeed or is_sharded(model)):
+        raise MoEError(
+            "The scope selected trains in one process or with DDP, not in shards. Leave fsdp_size, ep_size, tp_size and "
+            "deepspeed out, or give the chosen experts adapters: scope expert_lora, with the same expert_selection."
+        )
+
+
 def _refuse_late_masters(model: nn.Module, scope: str, master_dtype: torch.dtype | None) -> None:
     """FSDP has fixed the dtype of what it sharded."""
     if master_dtype is None or not is_sharded(model):
@@ -302,7 +317,7 @@ def _check_trainable(model: nn.Module) -> None:
 def _choose_autocast(args: TrainingArguments, model: nn.Module, given: set[torch.dtype]) -> None:
     """Turn bf16 autocast on in `args` for float32 masters of a bf16 model: their products need one dtype."""
     has_masters = any(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
-    if not has_masters or torch.bfloat16 not in given or args.mixed_precision != "no":
+    if not has_masters or torch.bfloat16 not in given or args.mixed_precision != "no" or args.deepspeed is not None:
         return
     args.bf16, args.mixed_precision = True, "bf16"
     logger.warning("Trained parameters are float32 masters of a bfloat16 model: bf16 autocast is on.")

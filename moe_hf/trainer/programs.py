@@ -34,6 +34,7 @@ from moe_hf.trainer.arguments import (
 )
 from moe_hf.trainer.checkpoints import agree, choose_checkpoint, list_checkpoints
 from moe_hf.trainer.comparison import train_beside_control
+from moe_hf.trainer.deepspeed import loaded_whole
 from moe_hf.trainer.layouts import check_config, check_launch, describe_layout
 from moe_hf.trainer.moe_trainer import FINAL_FOLDER, MoETrainer
 from moe_hf.upcycling import upcycle
@@ -112,6 +113,7 @@ def _at_most(blocks: Dataset, max_tokens: int | None, block_size: int) -> Datase
     return blocks.select(range(min(len(blocks), max_tokens // block_size)))
 
 
+@loaded_whole()
 def load_checkpoint(
     args: ModelArguments, training_args: MoETrainingArguments | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -166,6 +168,7 @@ def given_dtype(args: ModelArguments, training_args: MoETrainingArguments) -> to
     return AutoConfig.from_pretrained(args.model, **common).dtype
 
 
+@loaded_whole()
 def build_model(args: ConfigArguments, documents: Dataset) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Build a model with random weights, and load its tokenizer or train one on `documents`.
 
@@ -241,13 +244,17 @@ def finetune(
     model_args, data_args, training_args = parser.parse()
     prepare_run(training_args)
     documents = load_documents(data_args)
-    saved_in = given_dtype(model_args, training_args)
+    saved_in: dict[str, torch.dtype | None] = {}
+
+    def load(loaded_args, args):
+        saved_in[args.output_dir] = given_dtype(loaded_args, args)
+        return load_checkpoint(loaded_args, args)
 
     def train_one(model, tokenizer, args):
-        options = {"trainer_class": trainer_class, "given_dtype": saved_in}
+        options = {"trainer_class": trainer_class, "given_dtype": saved_in[args.output_dir]}
         return train_and_save(make_trainer(model, tokenizer, args, data_args, documents, **options))
 
-    train_beside_control(model_args, training_args, load_checkpoint, train_one)
+    train_beside_control(model_args, training_args, load, train_one)
 
 
 def prepare_run(args: MoETrainingArguments) -> None:

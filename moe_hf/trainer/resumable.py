@@ -1,7 +1,6 @@
 """`ResumableTrainer`: wrapping, saving and resuming in every layout."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
+from moe_hf.finetuning.expert_lora import lora_adapters
 from moe_hf.trainer import optimizer_states
 from moe_hf.trainer.checkpoint_writer import CheckpointWriter, Write, together
 from moe_hf.trainer.checkpoints import (
@@ -37,7 +37,7 @@ from moe_hf.trainer.checkpoints import (
     shared_folder,
     weights_at_hand,
 )
-from moe_hf.trainer.layouts import check_launch, check_model, describe_layout, distribute, is_sharded, layout_of
+from moe_hf.trainer.layouts import check_launch, describe_layout, is_sharded, layout_of, place
 
 
 logger = logging.get_logger(__name__)
@@ -45,7 +45,7 @@ logger = logging.get_logger(__name__)
 TRAINING_ARGS_PICKLE = "training_args.bin"
 TRAINER_STATE = "trainer_state.json"
 SCHEDULER = "scheduler.pt"
-RUN_FILE = "layout.json"
+RUN_FILE, PLACES = "layout.json", "adapter_places"
 
 
 class ResumableTrainer(Trainer):
@@ -63,7 +63,7 @@ class ResumableTrainer(Trainer):
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs) -> None:
         check_launch(args.world_size)
         layout = args.layout() if hasattr(args, "layout") else None
-        model = _place(model, layout, args)
+        model = place(model, layout, args)
         self._writer = CheckpointWriter(background=getattr(args, "async_save", False))
         self._wrapped_names: tuple[str, ...] | None = None
         with saving_allowed(args) if is_sharded(model) else nullcontext():
@@ -82,8 +82,6 @@ class ResumableTrainer(Trainer):
             raise MoEError(
                 "Accelerate starts no DeepSpeed here, on a CPU or with use_cpu. Leave deepspeed out, or use GPUs."
             )
-        if self._writer.background and self.is_deepspeed_enabled:
-            raise MoEError("async_save does not write the checkpoints of DeepSpeed. Leave it out.")
 
     def train(self, *args, **kwargs):
         """As `Trainer.train`; when it returns, the checkpoints are on the disk."""
@@ -231,6 +229,7 @@ class ResumableTrainer(Trainer):
             self._record_callback_states()
             self.state.save_to_json(str(folder / TRAINER_STATE))
             run = {"layout": self._layout_words(), "global_batch_size": self._global_batch_size()}
+            run |= {PLACES: self._adapter_places()}
             (folder / RUN_FILE).write_text(json.dumps(run) + "\n", encoding="utf-8")
 
     def _whole_weights(self, *, copied: bool) -> dict[str, torch.Tensor]:
@@ -324,6 +323,7 @@ class ResumableTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder, model = Path(checkpoint), self._unwrapped()
+        self._check_adapter_places(folder)
         optimizer_states.load_state_(model, self._own_optimizer(), folder, sharded=is_sharded(model))
         state, groups = torch.load(folder / SCHEDULER, weights_only=True), self._own_optimizer().param_groups
         if len(state.get("base_lrs", groups)) != len(groups):
@@ -331,6 +331,18 @@ class ResumableTrainer(Trainer):
             state |= {"base_lrs": [group["initial_lr"] for group in groups], "lr_lambdas": [None] * len(groups)}
             state |= {"_last_lr": [group["lr"] for group in groups]}
         self.lr_scheduler.load_state_dict(state)
+
+    def _adapter_places(self) -> dict[str, list[int | None]]:
+        return {name: list(adapter.places) for name, adapter in lora_adapters(self._unwrapped()).items()}
+
+    def _check_adapter_places(self, folder: Path) -> None:
+        """The moments of adapters are found by their rows, whereas files of adapters have them by expert."""
+        saved = json.loads((folder / RUN_FILE).read_text("utf-8")) if (folder / RUN_FILE).is_file() else {}
+        if saved.get(PLACES, own := self._adapter_places()) != own:
+            raise MoEError(
+                f"{folder} has adapters of chosen experts in other places ({saved['layout']}): each process has as many as "
+                "the fullest needs. Resume with the ep_size of that run, or adapt all experts."
+            )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """As in `Trainer`; with another number of processes each takes the state of one that was."""
@@ -374,24 +386,3 @@ class ResumableTrainer(Trainer):
 
     def _global_batch_size(self) -> int:
         return self.get_total_train_batch_size(self.args)
-
-
-def _place(model: nn.Module, layout, args: TrainingArguments) -> nn.Module:
-    """The model in the layout that is asked for."""
-    find_unused, present = bool(args.ddp_find_unused_parameters), layout_of(model)
-    check_model(model, layout, args.world_size, find_unused)
-    if layout is None:
-        return model
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise MoEError("fsdp_size and Accelerate's FSDP both shard the model: start without its FSDP settings.")
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if args.device.type != ("cpu" if accelerator is None else accelerator.type):
-        raise MoEError("A layout runs on the accelerator of a machine that has one: leave use_cpu out.")
-    if present is None:
-        return distribute(model, layout)
-    if present.to_dict() != layout.to_dict():
-        words = [describe_layout(each, args.world_size) for each in (present, layout)]
-        raise MoEError(
-            f"The model is sharded already, as {words[0]}; the arguments ask for {words[1]}. Give one of them."
-        )
-    return model

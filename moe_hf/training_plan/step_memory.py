@@ -39,8 +39,8 @@ class StepMemory:
         gradients: of the trained parameters.
         optimizer: its state.
         peak: the most that was alive at once.
-        shared_peaks: by number of devices, the most of everything but weights and optimizer, when a gradient counts for
-            that part of it only.
+        shared_peaks: by number of devices that share gradients, the most of everything but weights and optimizer. A gradient
+            counts for a device's part of it, also while the next micro-batch is added: the sum over devices is added there.
     """
 
     weights: int
@@ -58,7 +58,7 @@ class LiveBytes(TorchDispatchMode):
         self._kinds: dict[int, tuple[str, int]] = {}
         self._deaths: dict[int, weakref.ref] = {}
         self.live = {"fixed": 0, "gradients": 0, "activations": 0}
-        self.peak, self.shared_peaks = 0, dict.fromkeys(devices, 0)
+        self.peak, self.shared_peaks, self.counts_shares = 0, dict.fromkeys(devices, 0), True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = _grouped_mm(*args) if func is torch.ops.aten._grouped_mm.default else func(*args, **(kwargs or {}))
@@ -82,7 +82,7 @@ class LiveBytes(TorchDispatchMode):
         self._deaths[key] = weakref.ref(storage, lambda _: self._remove(key))
         self.live[kind] += storage.nbytes()
         self.peak = max(self.peak, sum(self.live.values()))
-        for devices, most in self.shared_peaks.items():
+        for devices, most in self.shared_peaks.items() if self.counts_shares else ():
             own = self.live["activations"] + self.live["gradients"] // devices
             self.shared_peaks[devices] = max(most, own)
 
@@ -94,6 +94,7 @@ class LiveBytes(TorchDispatchMode):
     def restart(self) -> None:
         """Forget what was the most so far."""
         self.peak, self.shared_peaks = sum(self.live.values()), dict.fromkeys(self.shared_peaks, 0)
+        self.counts_shares = True
 
 
 def _grouped_mm(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor | None = None, *_) -> torch.Tensor:
@@ -168,7 +169,10 @@ def step_memory(
             ) from error
         gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
         optimizer_bytes = counter.live["fixed"] - stored
-    return StepMemory(stored, gradients, optimizer_bytes, counter.peak, counter.shared_peaks)
+    # In later micro-batches a device has its part of all gradients from the beginning.
+    held = gradients if accumulation > 1 else 0
+    shared_peaks = {devices: most + held // devices for devices, most in counter.shared_peaks.items()}
+    return StepMemory(stored, gradients, optimizer_bytes, counter.peak, shared_peaks)
 
 
 def _step(
@@ -186,6 +190,8 @@ def _step(
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         del loss
+        # A micro-batch that is added holds its own gradients beside the sum, undivided on one device only.
+        counter.counts_shares = False
     update.step()
     for tensor in _state_tensors(update):
         counter.add(tensor, "fixed")

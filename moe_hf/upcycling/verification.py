@@ -90,7 +90,7 @@ def verify(
             `inputs`, or over the random ids when there are none; see `RoutingProbe`.
 
     Returns:
-        `VerificationResult`
+        `VerificationResult`, whose `exact` says whether they are equal.
 
     Raises:
         MoEError: when `inputs` are not token ids, or the vocabularies differ.

@@ -1,6 +1,5 @@
 """Two gloo processes give the loss and the adapters' gradients of one: DDP, FSDP2, expert parallelism with FSDP2."""
 
-import sys
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ from moe_hf.finetuning import add_expert_lora, lora_adapters, save_expert_lora
 from tests.finetuning.lora_worker import LAYOUTS, OPTIONS, adapters_of, config, gradients
 from tests.finetuning.test_expert_lora import randomise_adapters_
 from tests.kernels.test_grouped_experts import relative_error
+from tests.processes import launch, torchrun
 from tests.tiny_models import random_ids, tiny_native_moe
-from tests.trainer.test_distributed import launch
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +21,7 @@ def results(tmp_path_factory) -> dict[Any, Any]:
         model = add_expert_lora(tiny_native_moe("qwen3_moe"), config(option))
         randomise_adapters_(model)
         save_expert_lora(model, folder / option)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    worker = ["-m", "tests.finetuning.lora_worker", str(folder)]
-    launch([*torchrun, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *worker])
+    launch(torchrun("tests.finetuning.lora_worker", str(folder)))
     loaded = torch.load(folder / "results.pt", weights_only=False)
     assert loaded["world_size"] == 2 and loaded["backend"] == "gloo"
     return loaded | {"folder": folder}

@@ -76,7 +76,8 @@ def test_sdpa_is_near_eager_attention():
     expected = model(ids).logits
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
-        assert relative(model(ids).logits, expected) <= 1e-5
+        # The fused kernel of float32 multiplies in parts of lower precision.
+        assert relative(model(ids).logits, expected) <= 1e-4
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -91,7 +92,9 @@ def test_flash_attention_is_near_sdpa(dtype):
 
 @pytest.mark.parametrize("kind", ["ours", "mixtral"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_training_in_half_precision_lowers_the_loss(precision, kind, tmp_path):
+def test_training_in_half_precision_lowers_the_loss(precision, kind, tmp_path, monkeypatch):
+    # With several GPUs in sight Trainer would copy the model to each, which MoETrainer refuses.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     model = upcycle(tiny_dense("llama"), num_experts=4, noise=0.2) if kind == "ours" else tiny_native_moe("mixtral")
     data = rows(8, identical=True)
     args = MoETrainingArguments(

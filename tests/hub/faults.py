@@ -6,6 +6,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,12 +27,17 @@ os.environ |= {
 }
 
 import torch  # noqa: E402
+from huggingface_hub import ModelCard  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
 import moe_hf  # noqa: E402
-from moe_hf.hub import save_model, transfer  # noqa: E402
-from tests.hub.clients import tiny_tokenizer, weights_hash  # noqa: E402
-from tests.hub.fake_hub import StoredFile  # noqa: E402
+from moe_hf.cli import app  # noqa: E402
+from moe_hf.hub import account, push_model, save_model, transfer  # noqa: E402
+from moe_hf.reporting.card_facts import EVAL_RESULTS_NAME, eval_results  # noqa: E402
+from moe_hf.reporting.statistics import FORMAT, JSON_NAME, PICTURE_NAME  # noqa: E402
+from tests.hub.clients import facts_of, tiny_tokenizer, weights_hash  # noqa: E402
+from tests.hub.fake_hub import Repository, StoredFile  # noqa: E402
 from tests.tiny_models import tiny_dense, tiny_native_moe  # noqa: E402
 
 
@@ -106,6 +112,59 @@ def round_trip() -> dict:
     return _outcome(
         "tester/ours", *errors, exists=exists, equal=len(hashes) == 1, files=files, source=source, listing=listing
     )
+
+
+def without_moe_hf() -> dict:
+    """What the command pushed, loaded by a process that cannot import moe_hf, with the code that went along."""
+    pushed = CliRunner().invoke(app, ["push", str(OURS), "tester/ours"])
+    env = os.environ | {"PYTHONPATH": "", "HF_HOME": str(WORK / "home-of-another")}
+    command = [sys.executable, str(Path(__file__).with_name("clients.py")), "load_isolated", str(WORK / "another")]
+    loading = subprocess.run(command, env=env, cwd=WORK, capture_output=True, text=True, timeout=200)
+    assert loading.returncode == 0, loading.stderr[-3000:]
+    found = json.loads(loading.stdout.splitlines()[-1])
+    here = facts_of(AutoModelForCausalLM.from_pretrained(OURS))
+    handed_on = sorted(HUB.repositories["tester/handed-on"].commit_at("main").files)
+    return {"output": pushed.output, "here": here, "there": found, "handed on": handed_on}
+
+
+def kept_cards() -> dict:
+    """A card that people edited stays, and gets results; what goes beside a card goes up in any case."""
+    report, warnings = WORK / "report", []
+    report.mkdir()
+    (report / JSON_NAME).write_text(json.dumps({"format": FORMAT, "summary": {"tokens": 7}}))
+    (report / PICTURE_NAME).write_bytes(b"a picture")
+    gsm8k = {"dataset": "GSM8K", "metric": "exact match", "dataset_id": "openai/gsm8k", "task_id": "gsm8k"}
+    facts = {"routing_report": report, "results": [gsm8k | {"value": 0.41}]}
+    model = AutoModelForCausalLM.from_pretrained(OURS)
+    save_model(model, None, WORK / "with-card", facts)
+    shutil.copytree(OURS, WORK / "without-card", ignore=shutil.ignore_patterns("README.md"))
+    older = eval_results([gsm8k | {"value": 0.2}, {"dataset": "theirs", "metric": "F1", "value": 0.5}])
+    edited = ModelCard("---\nlicense: mit\n---\n\n# Edited by hand\n")
+    edited.data.eval_results, edited.data.model_name = older, "their name"
+    pushes = {
+        "folder": lambda name: moe_hf.push_folder(WORK / "with-card", name),
+        "folder without card": lambda name: moe_hf.push_folder(WORK / "without-card", name, card_facts=facts),
+        "model": lambda name: push_model(model, name, False, card_facts=facts),
+    }
+    account.logger.warning = warnings.append
+    found = {}
+    for kind, push in pushes.items():
+        for state, card in (("new", None), ("kept", str(edited))):
+            name = f"tester/{kind.replace(' ', '-')}-{state}"
+            if card is not None:
+                HUB.repositories[name] = Repository(private=False)
+                HUB.add_commit(name, "main", {"README.md": StoredFile(card.encode(), is_lfs=False)}, "by hand")
+            push(name)
+            files = HUB.files(name)
+            beside = {file: files[file].decode() for file in (PICTURE_NAME, EVAL_RESULTS_NAME) if file in files}
+            found[f"{kind}, {state}"] = {"card": files["README.md"].decode(), "beside": beside}
+    pulled = _pulled("tester/folder-new", "with-results")
+    return {
+        "found": found,
+        "warnings": warnings,
+        "pulled": [pulled, (WORK / "with-results" / EVAL_RESULTS_NAME).is_file()],
+        "facts for a card": _pushed("tester/facts", WORK / "with-card", card_facts={"license": "mit"}),
+    }
 
 
 def _pulled_over(repo_id: str, name: str) -> str:
@@ -267,6 +326,7 @@ def corrupt_store() -> dict:
 
 BOTH = {
     "round trip": round_trip,
+    "without moe_hf": without_moe_hf,
     "options": options,
     "commit fails once": lambda: _with_fault("tester/c500", "POST", "/{repo}/commit/", 500),
     "commit fails for good": lambda: _with_fault("tester/c503", "POST", "/{repo}/commit/", 503, times=99, again=True),
@@ -284,6 +344,7 @@ BOTH = {
 }
 LFS = {
     "parts": parts,
+    "kept cards": kept_cards,
     "refused": refused,
     "part fails once": lambda: _with_fault("tester/u503", "PUT", "repo={repo}", 503),
     "part is rate limited": lambda: _with_fault(

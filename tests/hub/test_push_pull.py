@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from tests.hub.fake_hub import READ_TOKEN, TOKEN
 
@@ -49,6 +50,44 @@ def test_a_pushed_folder_comes_back_bit_equal_and_twice_is_one_commit(outcomes, 
     assert outcome["errors"] == [None, None, None]
     assert outcome["equal"] and outcome["commits"] == 1
     assert "exists: nothing was written" in outcome["exists"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_the_command_pushed_loads_bit_equal_without_moe_hf_and_is_handed_on(outcomes, mode):
+    outcome = outcomes(mode)["without moe_hf"]
+    here, there, again = outcome["here"], outcome["there"], outcome["there"]["again"]
+    assert "every checksum compared" in outcome["output"]
+    assert there["module"].startswith("transformers_modules.")
+    assert {name: (there[name], again[name]) for name in ("weights", "tokens")} == {
+        name: (here[name], here[name]) for name in ("weights", "tokens")
+    }
+    # The sum may differ in its last bits with where in memory the weights lie.
+    assert there["logits"] == pytest.approx(here["logits"], rel=1e-6)
+    assert {"modeling_moe.py", "model.safetensors"} <= set(outcome["handed on"])
+
+
+def test_results_and_pictures_go_up_beside_a_new_card_and_beside_one_that_is_kept(outcomes):
+    outcome = outcomes("lfs")["kept cards"]
+    assert len(outcome["found"]) == 6
+    for case, found in outcome["found"].items():
+        assert found["beside"]["routing.png"] == "a picture", case
+        assert "value: 0.41" in found["beside"][".eval_results/moe_hf.yaml"], case
+    assert outcome["pulled"] == [None, True]
+
+
+def test_a_kept_card_keeps_its_text_and_gets_the_results_in_the_place_of_earlier_ones(outcomes):
+    outcome = outcomes("lfs")["kept cards"]
+    for case, found in outcome["found"].items():
+        card = ModelCard(found["card"])
+        values = {result.dataset_name: result.metric_value for result in card.data.eval_results}
+        if case.endswith("new"):
+            assert values == {"GSM8K": 0.41} and "](routing.png)" in card.text, case
+        else:
+            assert values == {"theirs": 0.5, "GSM8K": 0.41} and card.data.model_name == "their name", case
+            assert card.text.strip() == "# Edited by hand" and card.data.license == "mit", case
+    assert len(outcome["warnings"]) == 3
+    assert all("routing.png is pushed, and the card does not show it" in text for text in outcome["warnings"])
+    assert "card_facts are for a folder without one: nothing was sent" in outcome["facts for a card"]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -224,3 +224,17 @@ def test_what_cannot_be_is_refused_and_leaves_the_model_alone(tmp_path):
     assert torch.equal(logits_of(model, ids), expected)
     with pytest.raises(MoEError, match="no MoE block"):
         quantize_experts(nn.Linear(2, 2), "int8")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_a_compiled_model_gives_the_same_logits_and_one_whole_graph_is_refused(scheme):
+    model, ids = tiny_native_moe("mixtral", num_hidden_layers=1).eval(), random_ids(1, 8)
+    quantize_experts(model, scheme)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        # The generated code of the default backend needs a compiler, and is not what is tested here.
+        assert torch.equal(torch.compile(model, backend="aot_eager")(input_ids=ids).logits, expected)
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph=True, or restore_experts"):
+            torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=ids)

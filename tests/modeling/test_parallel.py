@@ -3,7 +3,7 @@
 import pytest
 
 from tests.modeling.parallel_worker import FOUR, LAYOUTS, MODELS
-from tests.processes import Cases
+from tests.processes import Cases, shared_folder
 
 
 # What cannot be, and what the refusal says.
@@ -26,7 +26,7 @@ def cases(tmp_path_factory):
     lists = {"quick": (2, QUICK), "slow": (2, [name for name in TWO if name not in QUICK]), "four": (4, ON_FOUR)}
     launches = {}
     for name, (processes, arguments) in lists.items():
-        folder = tmp_path_factory.mktemp(name)
+        folder = shared_folder(tmp_path_factory, f"parallel-{name}")
         launches[name] = Cases("tests.modeling.parallel_worker", folder, processes, arguments, timeout=900)
     return launches
 

@@ -12,13 +12,16 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_hf import MoEError
+from moe_hf.finetuning.lora_files import LORA_NAME
 from moe_hf.trainer import MoETrainer
-from moe_hf.trainer.layouts import is_sharded
+from moe_hf.trainer.layouts import distribute, is_sharded
 from tests.processes import run_cases
-from tests.tiny_models import tiny_dense, tiny_native_moe
+from tests.tiny_models import random_ids, tiny_dense, tiny_native_moe
 from tests.trainer.runs import BIASED, GLOBAL_BATCH, arguments, correction_biases, losses, rows
 
 
@@ -70,10 +73,13 @@ def trainer_of(model: PreTrainedModel, folder: Path, mode: str, **fields) -> MoE
     return MoETrainer(model, args, train_dataset=data(), **given)
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def weights_of(trainer: MoETrainer) -> dict[str, torch.Tensor]:
-    """All weights, on every process."""
-    state = trainer._unwrapped().state_dict()
-    return {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for name, t in state.items()}
+    """All weights, on every process, in host memory."""
+    return {name: whole(tensor).clone().cpu() for name, tensor in trainer._unwrapped().state_dict().items()}
 
 
 def summary(trainer: MoETrainer) -> dict[str, Any]:
@@ -108,15 +114,15 @@ def run_to(kind: str, mode: str, folder: Path, checkpoint: Path | None = None, *
 
 def resume(kind: str, mode: str, folder: Path, **fields) -> dict[str, Any]:
     """3 + 3 steps against 6, and what `from_pretrained` reads from a checkpoint."""
-    whole = run_to(kind, mode, folder / "whole", **fields)
-    again = run_to(kind, mode, folder / "again", folder / "whole" / "checkpoint-3", **fields)
-    first, second = summary(whole), summary(again)
+    trainers = [run_to(kind, mode, folder / "whole", **fields)]
+    trainers.append(run_to(kind, mode, folder / "again", folder / "whole" / "checkpoint-3", **fields))
+    first, second = map(summary, trainers)
     plain = AutoModelForCausalLM.from_pretrained(folder / "whole" / "checkpoint-6").state_dict()
     return {
         "whole": first,
         "again": second,
         "saved_is_equal": all(torch.equal(plain[name], tensor) for name, tensor in first["weights"].items()),
-        "rates": [[e["learning_rate"] for e in t.state.log_history if "learning_rate" in e] for t in (whole, again)],
+        "rates": [[e["learning_rate"] for e in t.state.log_history if "learning_rate" in e] for t in trainers],
     }
 
 
@@ -164,7 +170,7 @@ def reshard(kind: str, folder: Path) -> dict[str, Any]:
 
 
 def starved(mode: str, folder: Path) -> dict[str, Any]:
-    """Every token goes to experts 0 and 1, which are the first process's."""
+    """Every token goes to experts 0 and 1, which are the first process's: one step, and its gradients."""
     fields = {"balance_strategy": "bias", "scoring_func": "sigmoid", "bias_update_rate": 0.0}
     model = build("ours", **fields)
     for bias in correction_biases(model.state_dict()).values():
@@ -173,30 +179,78 @@ def starved(mode: str, folder: Path) -> dict[str, Any]:
     gradients = {}
     trainer.create_optimizer()
     optimizer = trainer.optimizer
-    optimizer.register_step_pre_hook(
-        lambda *_: gradients.update({n: p.grad is not None for n, p in trainer._unwrapped().named_parameters()})
-    )
+
+    def note(*_) -> None:
+        for name, parameter in trainer._unwrapped().named_parameters():
+            if parameter.grad is not None:
+                gradients[name] = whole(parameter.grad).clone().cpu()
+
+    optimizer.register_step_pre_hook(note)
     trainer.train()
-    return summary(trainer) | {"has_gradient": gradients}
+    return summary(trainer) | {"gradients": gradients}
+
+
+LORA = {"scope": "expert_lora", "expert_lora_r": 3, "expert_lora_alpha": 6.0}
+# Expert 1 of layer 0 is the first process's alone: there the second has no adapter.
+LORA |= {"expert_selection": {"0": [1], "1": [0, 2, 3]}}
+
+
+def lora(kind: str, mode: str, folder: Path) -> dict[str, Any]:
+    """Six clipped steps of adapters; again from the third; the adapters of both as they are saved."""
+    saves = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "max_grad_norm": 0.05}
+    fields = LORA | saves | {"gradient_accumulation_steps": 2}
+    first = trainer_of(build(kind), folder / "whole", mode, **fields)
+    first.train()
+    first.save_model()
+    second = trainer_of(build(kind), folder / "again", mode, **fields)
+    second.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-3"))
+    frozen = build(kind).state_dict()
+    return {
+        "num_processes": first.accelerator.num_processes,
+        "wrapper": type(first.model_wrapped).__mro__[0].__name__,
+        "is_sharded": is_sharded(first.model),
+        "losses": [losses(first), losses(second)],
+        "norms": [float(e["grad_norm"]) for e in first.state.log_history if "grad_norm" in e],
+        "adapters": load_file(folder / "whole" / "final" / LORA_NAME),
+        "adapters_again": load_file(folder / "again" / "checkpoint-6" / LORA_NAME),
+        "files": sorted(path.name for path in (folder / "whole" / "checkpoint-6").iterdir()),
+        "frozen_is_equal": all(torch.equal(t, frozen[n]) for n, t in weights_of(first).items() if n in frozen),
+    }
+
+
+def upcycled(mode: str, folder: Path) -> float:
+    """How far the logits of an upcycled model, distributed in memory without a trainer, are from the dense one's."""
+    from moe_hf import upcycle
+
+    dense = tiny_dense("llama", **SIZES)
+    model, ids = upcycle(dense, num_experts=4), random_ids(2, 16).clamp_max(111)
+    layout = arguments(folder, **MODES[mode]).layout()
+    model = DistributedDataParallel(model) if layout is None else distribute(model, layout)
+    with torch.no_grad():
+        expected, logits = (
+            dense.eval()(ids).logits,
+            whole(model.eval()(ids.to(next(model.parameters()).device)).logits).cpu(),
+        )
+    return float((logits - expected).norm() / expected.norm())
 
 
 def masters(mode: str, folder: Path) -> dict[str, Any]:
     """A bf16 checkpoint with float32 masters: what is trained, saved, resumed and given back."""
-    whole = trainer_of(
+    first = trainer_of(
         build("ours").bfloat16(), folder / "whole", mode, max_steps=4, save_strategy="steps", save_steps=2
     )
-    whole.train()
+    first.train()
     again = trainer_of(build("ours").bfloat16(), folder / "again", mode, max_steps=4)
     again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
-    whole.save_model()
+    first.save_model()
     final = AutoModelForCausalLM.from_pretrained(folder / "whole" / "final")
     return {
-        "whole": summary(whole),
+        "whole": summary(first),
         "again": summary(again),
-        "trained_dtypes": {str(p.dtype) for p in whole._unwrapped().parameters() if p.requires_grad},
+        "trained_dtypes": {str(p.dtype) for p in first._unwrapped().parameters() if p.requires_grad},
         "final": final.state_dict(),
         "config_dtype": str(final.config.dtype),
-        "autocast": whole.accelerator.mixed_precision,
+        "autocast": first.accelerator.mixed_precision,
     }
 
 
@@ -244,8 +298,6 @@ def error_of(action) -> str:
 
 def refusals(folder: Path) -> dict[str, str]:
     """Mistakes that are refused in a sentence, in all processes alike."""
-    from torch.nn.parallel import DistributedDataParallel
-
     from moe_hf import upcycle
     from moe_hf.finetuning import apply_scope
 
@@ -268,7 +320,10 @@ def refusals(folder: Path) -> dict[str, str]:
         finally:
             os.environ["WORLD_SIZE"] = before
 
+    selected = {"scope": "selected", "expert_selection": {"0": [1]}}
     actions = {
+        **{f"selected, {mode}": partial(trainer_of, build("ours"), folder, mode, **selected) for mode in SHARDED},
+        "adapters, tp": lambda: trainer_of(build("ours"), folder, "tp", **LORA),
         "frozen after wrapping": frozen_after_wrapping,
         "scope of a wrapped model": lambda: apply_scope(DistributedDataParallel(build("ours")), "moe"),
         "wrapped already": lambda: trainer_of(DistributedDataParallel(build("ours")), folder, "ddp", scope=None),
@@ -333,6 +388,8 @@ def all_cases() -> dict[str, Any]:
         cases[f"starved-{mode}"] = partial(starved, mode)
         cases[f"masters-{mode}"] = partial(masters, mode)
         cases[f"async-{mode}"] = partial(resume, "ours", mode, async_save=True)
+    cases |= {f"lora-{mode}-{kind}": partial(lora, kind, mode) for mode in MODES if mode != "tp" for kind in KINDS}
+    cases |= {f"upcycled-{mode}": partial(upcycled, mode) for mode in MODES}
     cases["plugin"] = resume_with_plugin
     cases["async-ddp"] = partial(resume, "ours", "ddp", async_save=True)
     cases |= {f"parts-{mode}": partial(loaded_in_parts, mode) for mode in ("ep_fsdp", "tp")}

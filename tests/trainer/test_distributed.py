@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.processes import launch, torchrun
+from tests.processes import launch_once, shared_folder, torchrun
 from tests.trainer.runs import BIASED, GLOBAL_BATCH, KINDS, WITH_STATE, correction_biases, four_steps, router_states
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("two_processes")
-    launch(torchrun("tests.trainer.runs", str(folder)))
+    folder = shared_folder(tmp_path_factory, "two_processes")
+    launch_once(torchrun("tests.trainer.runs", str(folder)), folder / "results.pt")
     loaded = torch.load(folder / "results.pt", weights_only=False)
     assert loaded["world_size"] == 2 and loaded["backend"] == "gloo"
     return loaded

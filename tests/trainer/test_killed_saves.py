@@ -6,13 +6,14 @@ import sys
 
 import pytest
 
-from tests.processes import launch
+from tests.processes import launch_once, shared_folder
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("killed")
-    launch([sys.executable, "-m", "tests.trainer.killed_saves", str(folder)], timeout=600)
+    folder = shared_folder(tmp_path_factory, "killed")
+    command = [sys.executable, "-m", "tests.trainer.killed_saves", str(folder)]
+    launch_once(command, folder / "found.json", timeout=600)
     return json.loads((folder / "found.json").read_text())
 
 

@@ -1,16 +1,33 @@
 """Training in every layout on two gloo processes: what it computes, saves, resumes, and refuses."""
 
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moe_hf import MoEError
+from moe_hf.finetuning import save_expert_lora
+from moe_hf.finetuning.lora_files import LORA_NAME
 from moe_hf.trainer.checkpoints import newest_whole_checkpoint
 from moe_hf.trainer.layouts import check_launch, choose_layout, describe_layout
-from tests.processes import Cases
-from tests.trainer.layout_runs import KINDS, MODES, SHARDED, all_cases, build, evaluated, steps, summary, trainer_of
+from tests.processes import Cases, shared_folder
+from tests.trainer.layout_runs import (
+    KINDS,
+    LORA,
+    MODES,
+    SHARDED,
+    all_cases,
+    build,
+    evaluated,
+    lora,
+    starved,
+    steps,
+    summary,
+    trainer_of,
+)
 from tests.trainer.runs import BIASED, GLOBAL_BATCH, correction_biases
 
 
@@ -29,6 +46,7 @@ def chosen(names: list[str], quick: tuple[str, ...]) -> list:
 
 
 EVERYWHERE = chosen([f"{mode}-{kind}" for mode in MODES for kind in KINDS], QUICK)
+LORA_QUICK = ("ddp-ours", "ep_fsdp-ours", "tp_ep-ours")
 IN_SHARDS = chosen(SHARDED, ("ep_fsdp", "tp"))
 
 
@@ -36,6 +54,8 @@ def is_quick(case: str) -> bool:
     what, _, where = case.partition("-")
     if what in ("resume", "steps"):
         return where in QUICK
+    if what in ("lora", "upcycled"):
+        return what == "upcycled" or where in LORA_QUICK
     return case in ("async-ddp", "reshard-ours") or what in ("parts", "evaluated", "refusals", "fails", "unclipped", "plugin") or (
         what != "reshard" and where in ("ep_fsdp", "tp")
     )  # fmt: skip
@@ -49,7 +69,7 @@ class TwoLaunches:
         self._launches = {}
         for quick in (True, False):
             names = [name for name in all_cases() if is_quick(name) == quick]
-            (folder / str(quick)).mkdir()
+            (folder / str(quick)).mkdir(exist_ok=True)
             self._launches[quick] = Cases(
                 "tests.trainer.layout_runs", folder / str(quick), arguments=names, timeout=900
             )
@@ -63,7 +83,7 @@ class TwoLaunches:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory) -> TwoLaunches:
-    return TwoLaunches(tmp_path_factory.mktemp("layouts"))
+    return TwoLaunches(shared_folder(tmp_path_factory, "layouts"))
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +98,12 @@ def alone(tmp_path_factory):
         return known[key]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def adapted_alone(tmp_path_factory):
+    """The run of adapters in one process, by the kind of model."""
+    return cache(lambda kind: lora(kind, "alone", tmp_path_factory.mktemp("adapted")))
 
 
 def relative(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -139,10 +165,47 @@ def test_what_looks_at_a_whole_step_sees_all_processes(what, model_fields, mode,
 
 
 @pytest.mark.parametrize("mode", IN_SHARDS)
-def test_process_that_gets_no_token_takes_part(mode, cases):
-    found = cases[f"starved-{mode}"]
+def test_process_that_gets_no_token_takes_part(mode, cases, tmp_path):
+    found, one = cases[f"starved-{mode}"], starved("alone", tmp_path)
     assert_layout(found, mode)
-    assert {name for name, has in found["has_gradient"].items() if has} == set(found["with_gradient"])
+    assert found["gradients"].keys() == set(found["with_gradient"])
+    assert relative(found["gradients"], one["gradients"]) <= 1e-6
+    # Experts 2 and 3, the second process's.
+    assert all(not g[2:].any() and g[:2].any() for name, g in one["gradients"].items() if ".experts." in name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_upcycled_model_that_is_distributed_in_memory_computes_the_dense_one(mode, cases):
+    assert cases[f"upcycled-{mode}"] <= 1e-6
+
+
+ADAPTED = chosen([f"{mode}-{kind}" for mode in MODES if mode != "tp" for kind in KINDS], LORA_QUICK)
+
+
+@pytest.mark.parametrize("case", ADAPTED)
+def test_adapters_of_experts_train_as_in_one_process_and_resume(case, cases, adapted_alone):
+    mode, _, kind = case.partition("-")
+    two, one = cases[f"lora-{case}"], adapted_alone(kind)
+    assert_layout(two, mode, kind)
+    assert relative(two["adapters"], one["adapters"]) <= 3e-6
+    assert two["losses"][0] == pytest.approx(one["losses"][0], rel=1e-6)
+    assert two["norms"] == pytest.approx(one["norms"], rel=1e-6) and min(one["norms"]) > 0.05
+    assert two["losses"][1] == two["losses"][0]
+    assert bitwise(two["adapters_again"], two["adapters"])
+    assert two["frozen_is_equal"] and "model.safetensors" not in two["files"]
+
+
+def test_adapters_go_on_in_other_layouts_where_their_places_are_the_same(cases, adapted_alone, tmp_path):
+    one, folders = adapted_alone("ours"), {m: cases.folder_of(f"lora-{m}-ours") / "whole" for m in ("ddp", "ep_fsdp")}
+    assert cases["lora-ddp-ours"]["frozen_is_equal"] and cases["lora-ep_fsdp-ours"]["frozen_is_equal"]
+    fields = LORA | {"max_steps": 6, "max_grad_norm": 0.05, "gradient_accumulation_steps": 2}
+    again = trainer_of(build("ours"), tmp_path / "again", "alone", **fields)
+    again.train(resume_from_checkpoint=str(folders["ddp"] / "checkpoint-3"))
+    save_expert_lora(again.model, tmp_path)
+    assert relative(load_file(tmp_path / LORA_NAME), one["adapters"]) <= 3e-6
+    other = trainer_of(build("ours"), tmp_path / "other", "alone", **fields)
+    with pytest.raises(MoEError, match="in other places .fsdp_size=2, ep_size=2"):
+        other.train(resume_from_checkpoint=str(folders["ep_fsdp"] / "checkpoint-3"))
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)
@@ -255,6 +318,8 @@ def test_damaged_part_of_a_sharded_optimizer_is_noticed(fault, cases, tmp_path):
 
 
 REFUSED = {
+    **{f"selected, {mode}": "trains in one process or with DDP" for mode in SHARDED},
+    "adapters, tp": "which adapters do not follow",
     "frozen after wrapping": "after the model was wrapped",
     "scope of a wrapped model": "before it is wrapped",
     "wrapped already": "wrapped in DistributedDataParallel already",

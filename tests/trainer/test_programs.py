@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from moe_hf import MoEError
 from moe_hf.data import load_text, split_by_document
@@ -116,21 +116,80 @@ def test_mistake_is_one_clear_error_and_writes_nothing(program, argv, message, p
     assert not output.exists()
 
 
+@pytest.fixture(scope="module")
+def dense(pretrained, tmp_path_factory) -> Path:
+    """A dense model with the tokenizer of the pretrained MoE."""
+    folder = tmp_path_factory.mktemp("dense")
+    tokenizer = AutoTokenizer.from_pretrained(pretrained / "final")
+    tokenizer.save_pretrained(folder)
+    fields = {name: value for name, value in TINY.items() if name != "model_type"}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": None, "bos_token_id": None}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **fields, **ids)).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("layout", ["--ep_size=2", pytest.param("--tp_size=2", marks=pytest.mark.slow)])
-def test_finetuning_takes_a_layout(layout, pretrained, text, tmp_path):
+def test_finetuning_and_its_control_take_a_layout(layout, pretrained, dense, text, tmp_path):
+    common = [
+        "--config=finetune_moe", f"--model={pretrained / 'final'}", f"--control={dense}", f"--dataset={text}",
+        "--balance_loss_scope=global_batch", *QUICK,
+    ]  # fmt: skip
     output = launch(
         [
             sys.executable, "-m", "accelerate.commands.launch",
             "--config_file", str(ROOT / "training" / "accelerate" / "multi_cpu.yaml"), "--main_process_port", "0",
-            str(ROOT / "training" / "finetune.py"), "--config=finetune_moe", f"--model={pretrained / 'final'}",
-            f"--dataset={text}", f"--output_dir={tmp_path / 'out'}", layout,
-            *[flag for flag in QUICK if "use_cpu" not in flag],
+            str(ROOT / "training" / "finetune.py"), f"--output_dir={tmp_path / 'out'}", layout,
+            *[flag for flag in common if "use_cpu" not in flag],
         ]
     )  # fmt: skip
     assert "2 processes on cpu, " in output and layout[2:] in output
     before = AutoModelForCausalLM.from_pretrained(pretrained / "final").state_dict()
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final").state_dict()
     assert all(torch.equal(after[name], tensor) == (".mlp." not in name) for name, tensor in before.items())
+    # Processes that share rows have as many as one, others twice as many.
+    rows = 4 if "tp" in layout else 8
+    run("finetune", f"--output_dir={tmp_path / 'one'}", *common, f"--per_device_train_batch_size={rows}")
+    two, one = (json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("out", "one"))
+    assert two.keys() == one.keys() == {"this model", "control"}
+    for model, metrics in one.items():
+        # `loss` is a mean over batches, which processes cut in other places.
+        expected = {
+            name: value for name, value in metrics.items() if not name.endswith(("letters_loss", "numbers_loss"))
+        }
+        assert {name: two[model][name] for name in expected} == pytest.approx(expected, rel=2e-4)
+    start, *ends = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (dense, *(tmp_path / name / "control" / "final" for name in ("out", "one")))
+    )
+    for name, before in start.items():
+        assert torch.equal(ends[0][name], before) == (".mlp." not in name)
+        # That a trainer's steps are one process's to the last digits is test_layouts' to say.
+        assert float((ends[0][name] - ends[1][name]).norm()) <= 0.1 * float((ends[1][name] - before).norm())
+
+
+@pytest.mark.parametrize(
+    ("scope", "message"),
+    [
+        (["--scope=router"], "no router to train"),
+        (["--scope=expert_lora"], "no experts that could have adapters"),
+        (["--control=/absent/control"], "Could not load"),
+    ],
+)
+def test_control_that_cannot_be_is_refused_before_training(scope, message, pretrained, dense, text, tmp_path):
+    argv = [f"--model={pretrained / 'final'}", f"--control={dense}", f"--dataset={text}", *QUICK]
+    with pytest.raises(MoEError, match=message):
+        run("finetune", "--config=finetune_moe", f"--output_dir={tmp_path / 'out'}", *argv, *scope)
+    assert not (tmp_path / "out").exists()
+
+
+def test_control_of_chosen_experts_trains_its_mlps_at_the_rate_of_experts(pretrained, dense, text, tmp_path):
+    (tmp_path / "selection.json").write_text('{"experts": {"0": [1]}}')
+    argv = [f"--model={pretrained / 'final'}", f"--control={dense}", f"--dataset={text}", *QUICK]
+    argv += ["--scope=selected", f"--expert_selection={tmp_path / 'selection.json'}", "--skip_idle_experts=false"]
+    run("finetune", "--config=finetune_moe", f"--output_dir={tmp_path}", *argv, "--expert_learning_rate=0")
+    before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (dense, tmp_path / "control" / "final"))
+    changed = [n for n, t in before.state_dict().items() if not torch.equal(t, after.state_dict()[n])]
+    assert changed == [] and "control" in json.loads((tmp_path / "comparison.json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from moe_hf.finetuning import ExpertSelection, apply_scope, find_moe_blocks, loa
 from moe_hf.finetuning.expert_deltas import DELTAS_NAME
 from moe_hf.trainer import MoETrainer
 from moe_hf.trainer.arguments import FinetuneArguments, MoEArgumentParser
+from tests.processes import launch, torchrun
 from tests.tiny_models import random_ids
 from tests.trainer.runs import KINDS, GradientRecorder, arguments, losses, rows, tiny_moe
 
@@ -133,17 +134,7 @@ def relative(actual, expected):
 
 
 def test_two_processes_train_and_score_as_one(tmp_path):
-    from tests.trainer.test_distributed import launch
-
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    options = [
-        "--rdzv_backend=c10d",
-        "--rdzv_endpoint=localhost:0",
-        "-m",
-        "tests.trainer.test_selected_training",
-        str(tmp_path),
-    ]
-    launch([*torchrun, *options])
+    launch(torchrun("tests.trainer.test_selected_training", str(tmp_path)))
     results = torch.load(tmp_path / "results.pt", weights_only=False)
     assert (results["world_size"], results["backend"]) == (2, "gloo")
     for kind in KINDS:

@@ -1,23 +1,19 @@
 """Two gloo processes take the steps that one does: router losses, biases, telemetry, the guard. One torchrun for all."""
 
-import sys
 from typing import Any
 
 import pytest
 import torch
 
+from tests.processes import launch_once, shared_folder, torchrun
 from tests.trainer.multiplier import ACCUMULATIONS, HAS_TRL, MODELS, WAYS
 from tests.trainer.step_runs import WITH_BIAS, joint_gradient, native_biases, telemetry
-from tests.trainer.test_distributed import launch
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[Any, Any]:
-    folder = tmp_path_factory.mktemp("steps")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    launch(
-        [*torchrun, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", "tests.trainer.step_runs", str(folder)]
-    )
+    folder = shared_folder(tmp_path_factory, "steps")
+    launch_once(torchrun("tests.trainer.step_runs", str(folder)), folder / "steps.pt")
     loaded = torch.load(folder / "steps.pt", weights_only=False)
     assert loaded["world_size"] == 2 and loaded["backend"] == "gloo"
     return loaded

@@ -17,6 +17,12 @@ CASES = {
     "mixtral, all, bfloat16": ("mixtral", "all", False, 1, torch.bfloat16),
     "mixtral, experts, checkpointing": ("mixtral", "experts", True, 1, torch.float32),
 }
+# On two processes, in float32: family, scope, checkpointing, micro-batches.
+LAYOUT_CASES = {
+    "llama, all": ("llama", "all", False, 1),
+    "llama, moe, accumulation": ("llama", "moe", False, 2),
+    "mixtral, experts, checkpointing": ("mixtral", "experts", True, 1),
+}
 BATCH, SEQUENCE = 8, 128
 
 

@@ -1,0 +1,34 @@
+"""What several test workers need is started once."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+from tests.processes import ROOT, shared_folder
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from tests.processes import launch_once
+result = Path(sys.argv[1])
+write = f"import time; time.sleep(0.3); open({str(result)!r}, 'a').write('once')"
+launch_once([sys.executable, "-c", write], result)
+assert result.read_text() == "once"
+"""
+
+
+def test_workers_that_come_at_the_same_time_start_one_launch(tmp_path):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "result")]
+    workers = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    assert (tmp_path / "result").read_text() == "once"
+
+
+def test_workers_of_one_run_share_a_folder_and_a_run_alone_has_its_own(tmp_path, monkeypatch):
+    (tmp_path / "gw0").mkdir()
+    factory = SimpleNamespace(getbasetemp=lambda: tmp_path / "gw0")
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    assert shared_folder(factory, "a").parent == tmp_path
+    monkeypatch.delenv("PYTEST_XDIST_WORKER")
+    assert shared_folder(factory, "a").parent == tmp_path / "gw0"
