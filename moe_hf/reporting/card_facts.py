@@ -46,19 +46,32 @@ def training_facts(run: str | Path | Mapping[str, Any], hardware: str | None = N
     state = run if isinstance(run, Mapping) else _read_state(Path(run).expanduser())
     if not isinstance(state.get("global_step"), int):
         raise MoEError(f"The content of {TRAINER_STATE} has no global_step: it is not the state of a Trainer.")
-    history = [entry for entry in state.get("log_history") or [] if isinstance(entry, dict)]
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
-    tokens, epochs = state.get("num_input_tokens_seen"), state.get("epoch")
+    history = state.get("log_history") or []
+    if not isinstance(history, list):
+        raise MoEError(f"log_history in the content of {TRAINER_STATE} is {history!r}: it must be a list.")
+    history = [entry for entry in history if isinstance(entry, dict)]
+    losses = [_number(entry, "loss", float) for entry in history if entry.get("loss") is not None]
+    seconds = [_number(entry, "train_runtime", float) for entry in history if entry.get("train_runtime") is not None]
+    tokens, epochs = _number(state, "num_input_tokens_seen", int), _number(state, "epoch", float)
     rows = {
         "optimizer steps": f"{state['global_step']:,}",
-        "tokens": f"{int(tokens):,}" if tokens else None,
+        "tokens": f"{tokens:,}" if tokens else None,
         "epochs": f"{epochs:.3g}" if epochs else None,
         "last training loss": f"{losses[-1]:.4f} nats/token" if losses else None,
         "wall time": _time_text(seconds[-1]) if seconds else None,
         "hardware": hardware,
     }
     return {name: value for name, value in rows.items() if value is not None}
+
+
+def _number(entry: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = 0 if entry.get(name) is None else entry[name]
+    if isinstance(value, int | float):
+        try:
+            return kind(value)
+        except (ValueError, OverflowError):
+            pass
+    raise MoEError(f"{name} in the content of {TRAINER_STATE} is {value!r}: it must be a number.")
 
 
 def this_hardware() -> str:

@@ -134,6 +134,15 @@ def test_training_is_read_from_the_state_of_the_last_checkpoint(tmp_path):
     assert training_facts({"global_step": 3, "log_history": []}) == {"optimizer steps": "3"}
     with pytest.raises(MoEError, match="no global_step"):
         training_facts({"step": 1})
+    for damaged in (
+        {"epoch": "0"},
+        {"num_input_tokens_seen": float("nan")},
+        {"log_history": 1},
+        {"log_history": [{"loss": []}]},
+        {"log_history": [{"train_runtime": 10**400}]},
+    ):
+        with pytest.raises(MoEError, match="must be a"):
+            training_facts({"global_step": 3, **damaged})
     with pytest.raises(MoEError, match="cannot be read"):
         training_facts(tmp_path / "none")
 

