@@ -13,7 +13,7 @@ from moe_hf.finetuning.expert_selection import ExpertSelection
 from moe_hf.finetuning.lora_config import ExpertLoraConfig
 from moe_hf.finetuning.lora_projection import DoraProjection, LoraProjection, adapter_dtype
 from moe_hf.finetuning.lora_sharding import ExpertPlacement, is_sharded, local, placement_of, whole
-from moe_hf.finetuning.moe_blocks import experts_in, find_moe_blocks
+from moe_hf.finetuning.moe_blocks import experts_in, find_moe_blocks, return_to_shards
 from moe_hf.kernels import (
     LinearMap,
     base_map,
@@ -134,6 +134,7 @@ def add_expert_lora(model: nn.Module, config: ExpertLoraConfig) -> nn.Module:
         _check(name, blocks[name].experts, config)
     distributed = getattr(getattr(model, "config", None), "distributed_config", None)
     batches = 1 if distributed is None else distributed.dp_size
+    return_to_shards(model)
     adapters = {}
     for name, ids in chosen.items():
         experts = blocks[name].experts

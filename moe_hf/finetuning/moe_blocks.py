@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def find_moe_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -27,3 +28,13 @@ def experts_in(experts: nn.Module) -> int:
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape of a parameter, also between the uses of one that DeepSpeed's ZeRO-3 leaves empty there."""
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def return_to_shards(model: nn.Module) -> None:
+    """Bring back into shards what a forward pass of FSDP2 left whole, in place.
+
+    Whole parameters are other objects than the shards: what is set on them, such as `requires_grad`, ends with them.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.expert_selection import ExpertSelection
-from moe_hf.finetuning.moe_blocks import find_moe_blocks, whole_shape
+from moe_hf.finetuning.moe_blocks import find_moe_blocks, return_to_shards, whole_shape
 from moe_hf.finetuning.selected_experts import (
     merge_selected_experts,
     selected_parameter_names,
@@ -94,6 +94,7 @@ def apply_scope(
             "The scope 'selected' needs expert_selection, which experts: a JSON file of `moe-hf select-experts`, or "
             f"{{layer: [ids]}}; other scopes take none. Given: scope {scope!r}, expert_selection {expert_selection!r}."
         )
+    return_to_shards(model)
     if scope == "selected":
         selection = ExpertSelection.load(expert_selection)
         # Names that do not match are found before anything is changed.

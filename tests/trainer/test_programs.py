@@ -163,8 +163,8 @@ def test_finetuning_and_its_control_take_a_layout(layout, pretrained, dense, tex
     )
     for name, before in start.items():
         assert torch.equal(ends[0][name], before) == (".mlp." not in name)
-        # That a trainer's steps are one process's to the last digits is test_layouts' to say.
-        assert float((ends[0][name] - ends[1][name]).norm()) <= 0.1 * float((ends[1][name] - before).norm())
+        # The rate is small, and so are the steps beside the rounding of the weights.
+        assert float((ends[0][name] - ends[1][name]).norm()) <= 1e-4 * float((ends[1][name] - before).norm())
 
 
 @pytest.mark.parametrize(
