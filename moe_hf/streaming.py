@@ -190,6 +190,9 @@ class _Job:
                 if layout.name in partial.finished:
                     advance(sum(spec.nbytes for spec in layout.tensors.values()))
                     continue
+                if len(flushed) > 1:
+                    # Copies of one file may go on beside the next one. Of more, none would be finished if the process dies.
+                    flushed[-2].result()
                 file = FileWriter(partial.folder, layout, advance)
                 try:
                     self.stream.write(file)

@@ -58,8 +58,7 @@ class _SideBySide(_ByExpert):
 
     def reduce(self, x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
         low = x @ matrices.flatten(0, 1).t()
-        ends = (0, *self.part.bounds)
-        counts = torch.tensor([end - start for start, end in zip(ends[:-1], ends[1:], strict=True)])
+        counts = torch.tensor((0, *self.part.bounds)).diff()
         own = torch.diag(torch.tensor(self.scales, dtype=x.dtype)).repeat_interleave(counts, 0, output_size=len(x))
         low.view(len(x), *matrices.shape[:2]).mul_(own[:, :, None])
         return low

@@ -259,6 +259,11 @@ def prod_of(layout: DistributedConfig) -> int:
     return prod(getattr(layout, name) for name in MESH)
 
 
+def accelerate_shards(args: TrainingArguments) -> bool:
+    """Whether the arguments, or the launcher, ask for Accelerate's own FSDP."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def place(model: nn.Module, layout: DistributedConfig | None, args: TrainingArguments) -> nn.Module:
     """The model in the layout that a run's arguments ask for, changed in place where it is whole yet.
 
@@ -271,7 +276,7 @@ def place(model: nn.Module, layout: DistributedConfig | None, args: TrainingArgu
     check_model(model, layout, args.world_size, find_unused)
     if layout is None:
         return model
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if accelerate_shards(args):
         raise MoEError("fsdp_size and Accelerate's FSDP both shard the model: start without its FSDP settings.")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if args.device.type != ("cpu" if accelerator is None else accelerator.type):

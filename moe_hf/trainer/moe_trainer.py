@@ -1,7 +1,6 @@
 """`MoETrainer`: transformers' Trainer with checkpoints that can be trusted and losses that a MoE needs."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ from moe_hf.reporting.card import model_card
 from moe_hf.reporting.card_facts import this_hardware, training_facts
 from moe_hf.trainer.arguments import MoETrainingArguments
 from moe_hf.trainer.checkpoints import choose_checkpoint, weights_at_hand
-from moe_hf.trainer.layouts import distribute, is_sharded
+from moe_hf.trainer.layouts import accelerate_shards, distribute, is_sharded
 from moe_hf.trainer.resumable import ResumableTrainer
 from moe_hf.trainer.step_trainer import StepTrainer
 
@@ -269,8 +268,8 @@ class MoETrainer(StepTrainer, ResumableTrainer):
 
 def _refuse_selected_in_shards(model: nn.Module, args: MoETrainingArguments) -> None:
     """Chosen experts are rows beside stacked tensors that each process must have whole."""
-    by_accelerate = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if args.scope == "selected" and (args.layout() or by_accelerate or args.deepspeed or is_sharded(model)):
+    in_shards = args.layout() or accelerate_shards(args) or args.deepspeed or is_sharded(model)
+    if args.scope == "selected" and in_shards:
         raise MoEError(
             "The scope selected trains in one process or with DDP, not in shards. Leave fsdp_size, ep_size, tp_size and "
             "deepspeed out, or give the chosen experts adapters: scope expert_lora, with the same expert_selection."

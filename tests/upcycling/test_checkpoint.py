@@ -1,9 +1,11 @@
 """Laws of `upcycle_checkpoint`: the bytes of `upcycle` and `save_model`, without a whole model in memory."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from moe_hf import MoEError, MoEForCausalLM, upcycle
+from moe_hf import MoEError, MoEForCausalLM, streaming, upcycle
 from moe_hf.cli import app
 from moe_hf.hub import save_model
 from moe_hf.saving import verify_manifest
@@ -21,6 +23,7 @@ from moe_hf.streaming import upcycle_checkpoint
 from moe_hf.upcycling.initialisers import INITIALISERS, Drop, Granular, Mix, Permute, Split
 from moe_hf.upcycling.on_disk.dense_checkpoint import NotStreamableError
 from moe_hf.weight_files import CheckpointReader
+from moe_hf.weight_writer import FileWriter
 from tests.hub.clients import tiny_tokenizer
 from tests.tiny_models import random_ids, tiny_dense
 
@@ -183,6 +186,29 @@ def test_exact_copies_are_made_without_reading_the_experts(tmp_path, monkeypatch
     dense, moe = load_file(source / "model.safetensors"), load_file(path / "model.safetensors")
     gate = moe["model.layers.1.mlp.experts.gate_up_proj"][3, :88]
     assert torch.equal(gate, dense["model.layers.1.mlp.gate_proj.weight"])
+
+
+def test_two_files_at_most_are_unfinished_so_that_a_kill_loses_no_more(tmp_path, monkeypatch):
+    source, unfinished, most, read = _saved(tmp_path), set(), [], os.preadv
+
+    class Counted(FileWriter):
+        def __init__(self, *args):
+            super().__init__(*args)
+            unfinished.add(self.path)
+            most.append(len(unfinished))
+
+        def close(self):
+            super().close()
+            unfinished.discard(self.path)
+
+    def slowly(*args):
+        time.sleep(0.005)
+        return read(*args)
+
+    monkeypatch.setattr(streaming, "FileWriter", Counted)
+    monkeypatch.setattr(os, "preadv", slowly)
+    upcycle_checkpoint(source, tmp_path / "moe", num_experts=4, max_shard_size="20KB", verify=False)
+    assert len(most) > 4 and max(most) == 2
 
 
 def test_figures_are_in_the_config_only_when_it_was_verified(tmp_path):
