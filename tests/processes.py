@@ -2,15 +2,18 @@
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,15 +34,34 @@ class CaseResult:
 def launch(command: list[str], timeout: int = 240, backend: str = "gloo") -> str:
     """Run a command that starts processes: on the CPU, where no GPU is seen, or with `backend="nccl"` one per GPU."""
     python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path, "PYTHONFAULTHANDLER": "1"}
     if backend == "gloo":
         # Without the first accelerate takes the processes for one or for none.
         environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            output, errors = _aborted(process)
+            pytest.fail(f"It took more than {timeout} s.\n{output[-2000:]}\n{errors[-20000:]}", pytrace=False)
+    assert process.returncode == 0, output[-2000:] + errors[-4000:]
+    return output
+
+
+def _aborted(process: subprocess.Popen) -> tuple[str, str]:
+    """End a program and the processes that it started, which would go on without it; each says where it stood."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    for one in [*started, process]:
+        with suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGABRT)
+    try:
+        return process.communicate(timeout=20)
+    finally:
+        for one in [*started, process]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:

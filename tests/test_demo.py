@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from moe_hf.errors import MoEError
+from moe_hf.saving import verify_manifest
 from training.demo.bigram import KneserNeyBigram, neighbours
+from training.demo.card import command
 from training.demo.job import main
 from training.demo.settings import ARMS, TINY, Settings, parse_arguments
 from training.demo.stages import Stages
@@ -28,7 +30,7 @@ def results(output_dir) -> dict:
 
 def test_demo_runs_every_stage_and_leaves_ordinary_checkpoints(results, output_dir):
     seed = results["seeds"][0]
-    others = {"bigram", "dense", "moe", "moe_all-reload", "moe_moe-routing", "moe_all-routing"}
+    others = {"bigram", "dense", "moe", "moe_all-reload", "moe_moe-routing", "moe_all-routing", "moe_all-shared"}
     assert {"data", *(f"seed0/{name}" for name in others | ARMS.keys())} == set(results["built"])
     for name in ("dense", "moe", *ARMS):
         assert (output_dir / "seed0" / name / "model.safetensors").is_file()
@@ -39,7 +41,6 @@ def test_demo_runs_every_stage_and_leaves_ordinary_checkpoints(results, output_d
         assert losses["all"]["perplexity"] == pytest.approx(math.exp(losses["all"]["token_loss"]), rel=1e-9)
         assert 0 <= losses["all"]["accuracy"] <= 1
     assert json.loads((output_dir / "seed0/dense/config.json").read_text())["model_type"] == "llama"
-    assert (output_dir / "routing.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_demo_upcycling_is_exact_and_changes_no_held_out_loss(results):
@@ -78,6 +79,36 @@ def test_demo_counts_each_held_out_token_once_per_expert_it_uses(results, output
     assert routing["groups"]["domain"] == ["code", "prose"] and len(routing["layers"]) == TINY["num_hidden_layers"]
     for layer in routing["layers"]:
         assert [sum(row) for row in layer["groups"]["domain"]] == [2 * tokens["code"], 2 * tokens["prose"]]
+
+
+def test_demo_leaves_a_report_and_a_model_to_share_with_a_card_of_what_was_measured(results, output_dir):
+    report, shared = output_dir / "seed0/moe_all-routing", output_dir / "seed0/moe_all-shared/model"
+    assert "<html" in (report / "report.html").read_text(encoding="utf-8")
+    assert (shared / "routing.png").read_bytes() == (report / "routing.png").read_bytes()
+    assert (
+        json.loads((report / "routing.json").read_text(encoding="utf-8"))["summary"]["drift from the dense origin"] > 0
+    )
+    weights = "model.safetensors"
+    assert (shared / weights).read_bytes() == (output_dir / "seed0/moe_all" / weights).read_bytes()
+    card, seed = (shared / "README.md").read_text(encoding="utf-8"), results["seeds"][0]
+    ours, parent, control = (seed[name]["held_out"] for name in ("moe_all", "dense", "dense_all"))
+    row = "| CPython prose, held-out documents | nats/token | {:.4f} | {:.4f} |"
+    assert row.format(ours["prose"]["token_loss"], parent["prose"]["token_loss"]) in card
+    assert f"| tokens | {TINY['continued_tokens']:,} |" in card
+    assert f"(dense, all) it has {control['all']['token_loss']:.4f} nats/token" in card
+    assert "python -m training.demo --vocab-size 512 --code-characters 200000" in card
+    assert str(output_dir) not in card
+    verify_manifest(shared)
+
+
+def test_card_names_the_command_that_makes_the_model_again(tmp_path):
+    assert command(Settings(), 0) == "make demo"
+    assert command(Settings(seeds=3), 0) == "make demo"
+    assert command(Settings(seeds=3), 2) == "python -m training.demo --seeds 3"
+    assert command(Settings(source="me/my model"), 0) == "python -m training.demo --source 'me/my model'"
+    assert command(Settings(source=str(tmp_path), num_experts=4), 0) == (
+        "python -m training.demo --source FOLDER --num-experts 4"
+    )
 
 
 def test_second_demo_run_reuses_every_stage_and_gives_the_same_results(results, output_dir):

@@ -1,10 +1,13 @@
-"""What several test workers need is started once."""
+"""What several test workers need is started once; what hangs says where, and is ended with all that it started."""
 
 import subprocess
 import sys
 from types import SimpleNamespace
 
-from tests.processes import ROOT, shared_folder
+import psutil
+import pytest
+
+from tests.processes import ROOT, launch, shared_folder
 
 
 PROGRAM = """
@@ -32,3 +35,19 @@ def test_workers_of_one_run_share_a_folder_and_a_run_alone_has_its_own(tmp_path,
     assert shared_folder(factory, "a").parent == tmp_path
     monkeypatch.delenv("PYTEST_XDIST_WORKER")
     assert shared_folder(factory, "a").parent == tmp_path / "gw0"
+
+
+HANGS = """
+import subprocess, sys, time
+def waits():
+    time.sleep(600)
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True).pid, flush=True)
+waits()
+"""
+
+
+def test_program_that_hangs_says_where_and_is_ended_with_its_children():
+    with pytest.raises(pytest.fail.Exception, match="in waits") as failure:
+        launch([sys.executable, "-c", HANGS], timeout=5)
+    child = int(str(failure.value).splitlines()[1])
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE

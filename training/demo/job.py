@@ -4,8 +4,9 @@
     python -m training.demo --seeds 3        # or: make demo SEEDS=3
     python -m training.demo --source FOLDER  # a dense model of yours, by folder or Hub id, instead of a new one
 
-Everything goes to one folder, `demo` by default: each stage's files, `results.json` and the pictures of the routing. A
-second run reuses the stages whose settings are the same.
+Everything goes to one folder, `demo` by default: the files of each stage, among them a report on the experts and the
+fine-tuned MoE with its card, ready for `moe-hf push`; and `results.json`. A second run reuses the stages whose settings are the
+same.
 """
 
 import hashlib
@@ -13,7 +14,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -23,16 +23,24 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import moe_hf
 from moe_hf.data import builtin_corpus, corpus_fingerprint, split_by_document, tokenize_and_pack, train_tokenizer
 from moe_hf.errors import MoEError
 from moe_hf.finetuning import apply_scope
-from moe_hf.reporting.plots import plot_routing
+from moe_hf.hub import save_model
+from moe_hf.reporting.report import write_report
 from moe_hf.reporting.routing_statistics import routing_statistics
 
 from .bigram import KneserNeyBigram, neighbours
+from .card import card_facts
 from .settings import ARMS, Settings, dense_config, parse_arguments
 from .stages import Stages
 from .steps import (
@@ -83,6 +91,10 @@ class Demo:
     def probe_ids(self) -> torch.Tensor:
         """Token ids of two held-out rows of each domain."""
         return torch.cat([rows[:2]["input_ids"].long() for rows in self.held_out().values()])
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of all models."""
+        return AutoTokenizer.from_pretrained(self.stages.folder("data") / "tokenizer")
 
     def recipe(self, seed: int) -> dict[str, Any]:
         """What all trainings share."""
@@ -150,7 +162,7 @@ class Demo:
         def build(folder: Path) -> dict[str, Any]:
             rows = self.training_rows(seed, 0, getattr(self.settings, name)).with_format("numpy")
             held_out = self.held_out()
-            vocab_size = len(AutoTokenizer.from_pretrained(self.stages.folder("data") / "tokenizer"))
+            vocab_size = len(self.tokenizer())
             model = KneserNeyBigram(*neighbours(rows["input_ids"][:], rows["labels"][:]), vocab_size)
             pairs = {
                 domain: neighbours(rows["input_ids"][:].numpy(), rows["labels"][:].numpy())
@@ -164,14 +176,12 @@ class Demo:
     def dense(self, data: dict, seed: int) -> dict[str, Any]:
         """The dense model: trained from scratch, or the source; saved as an ordinary checkpoint."""
         settings = self.settings
-        tokenizer_folder = self.stages.folder("data") / "tokenizer"
 
         def build(folder: Path) -> dict[str, Any]:
             transformers.set_seed(seed)
             result: dict[str, Any] = {}
             if settings.source is None:
-                tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-                model = LlamaForCausalLM(dense_config(settings, tokenizer)).to(self.device)
+                model = LlamaForCausalLM(dense_config(settings, self.tokenizer())).to(self.device)
                 rows = self.training_rows(seed, 0, settings.pretraining_tokens)
                 result = train(
                     model,
@@ -197,7 +207,7 @@ class Demo:
         result["forward_flops_per_token"] = forward_flops(model, self.settings.block_size)
         result["held_out"] = evaluate(model, self.held_out(), EVALUATION_BATCH)
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(self.stages.folder("data") / "tokenizer").save_pretrained(folder)
+        self.tokenizer().save_pretrained(folder)
         return result
 
     def upcycle(self, dense: dict, seed: int) -> dict[str, Any]:
@@ -257,16 +267,29 @@ class Demo:
         return self.stage(f"seed{seed}/{name}-reload", [arm], build)
 
     def routing(self, arm: dict, name: str, seed: int) -> dict[str, Any]:
-        """Count the experts that held-out tokens use, and draw them."""
+        """Report on what the experts do with held-out text, and how far each is from its dense origin."""
 
         def build(folder: Path) -> dict[str, Any]:
             rows = {domain: batches(rows, EVALUATION_BATCH) for domain, rows in self.held_out().items()}
-            statistics = routing_statistics(self.load(f"seed{seed}/{name}"), rows, sample_tokens=0)
-            plot_routing(statistics, folder / "routing.png", title=f"{name}, seed {seed}, held-out text")
-            statistics.save(folder / "routing.json")
+            model, dense = self.load(f"seed{seed}/{name}"), self.load(f"seed{seed}/dense")
+            statistics = routing_statistics(model, rows, tokenizer=self.tokenizer(), origin=dense)
+            write_report(statistics, folder, title=f"{name}, seed {seed}, held-out text")
             return statistics.summary()
 
         return self.stage(f"seed{seed}/{name}-routing", [arm], build)
+
+    def share(self, records: dict[str, dict], name: str, control: str, seed: int) -> dict[str, Any]:
+        """The fine-tuned MoE as others get it: weights, code, tokenizer, and a card of what was measured."""
+
+        def build(folder: Path) -> dict[str, Any]:
+            own = self.stages.folder(f"seed{seed}/{name}")
+            facts = card_facts(
+                records, name, control, self.settings, seed, own / "trainer", own.with_name(f"{name}-routing")
+            )
+            save_model(self.load(f"seed{seed}/{name}"), self.tokenizer(), folder / "model", card_facts=facts)
+            return {"files": sorted(file.name for file in (folder / "model").iterdir())}
+
+        return self.stage(f"seed{seed}/{name}-shared", list(records.values()), build)
 
     def run_seed(self, data: dict, seed: int) -> dict[str, Any]:
         """All stages of one seed."""
@@ -277,6 +300,7 @@ class Demo:
         records["moe_all-reload"] = self.reload(records["moe_all"], "moe_all", seed)
         for name in (name for name, arm in ARMS.items() if arm.start == "moe"):
             records[f"{name}-routing"] = self.routing(records[name], name, seed)
+        records["moe_all-shared"] = self.share(records, "moe_all", "dense_all", seed)
         return {"seed": seed, "seconds": sum(r["seconds"] for r in records.values())} | {
             name: record["result"] | {"seconds": record["seconds"]} for name, record in records.items()
         }
@@ -313,7 +337,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     results = Demo(settings, output_dir).run()
-    shutil.copyfile(output_dir / "seed0/moe_all-routing/routing.png", output_dir / "routing.png")
     (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print_results(results, output_dir)
     return results

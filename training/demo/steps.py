@@ -114,13 +114,17 @@ def train(
         train_sampling_strategy="sequential",
         logging_steps=max(1, steps // 10),
         use_cache=False,
+        include_num_input_tokens_seen="all",
         save_strategy="no",
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )
     start = time.perf_counter()
-    output = MoETrainer(model=model, args=arguments, train_dataset=rows).train()
+    trainer = MoETrainer(model=model, args=arguments, train_dataset=rows)
+    output = trainer.train()
+    # For the card: steps, tokens and time.
+    trainer.save_state()
     return {
         "tokens": steps * batch_size * len(rows[0]["input_ids"]),
         "steps": steps,

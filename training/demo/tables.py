@@ -111,4 +111,8 @@ def print_results(results: dict[str, Any], output_dir: Path) -> None:
     console.print(
         f"All stages took {seconds:.0f} s, this run {results['seconds_of_this_run']:.0f} s, {memory:.1f} GiB"
     )
-    console.print(f"Results: {output_dir / 'results.json'}; heat map of the routing: {output_dir / 'routing.png'}")
+    console.print(f"Results: {output_dir / 'results.json'}")
+    console.print(f"What each expert does: {output_dir / 'seed0/moe_all-routing/report.html'}")
+    console.print(
+        f"To share it, with its card: moe-hf push {output_dir / 'seed0/moe_all-shared/model'} NAMESPACE/NAME"
+    )
