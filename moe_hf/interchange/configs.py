@@ -226,6 +226,7 @@ def _to_native(config: MoEConfig, target: str) -> PreTrainedConfig:
     width = _width(config, twin)
     lacking = _declared(dense.model_type) - _declared(target) - {"head_dim"}
     fields = {name: v for name, v in dense.to_dict().items() if name not in lacking | _OF_THE_FILE}
+    fields = family.servers_read | fields
     if "head_dim" in _declared(target):
         fields["head_dim"] = fields.get("head_dim") or dense.hidden_size // dense.num_attention_heads
     if family.dense_width is not None:
@@ -270,7 +271,9 @@ def _to_ours(
     width = getattr(native, family.width)
     # Some config classes change the values that they are given.
     native = copy.deepcopy(native)
-    text = _unknown(native) | {name: getattr(native, name) for name in _declared(dense) if hasattr(native, name)}
+    text = _unknown(native, family) | {
+        name: getattr(native, name) for name in _declared(dense) if hasattr(native, name)
+    }
     text |= twin.requires | {name: value(native) for name, value in twin.restores.items()}
     text["intermediate_size"] = width if family.dense_width is None else getattr(native, family.dense_width) or width
     usual = native.hidden_size // native.num_attention_heads
@@ -300,12 +303,12 @@ def _to_ours(
     return MoEConfig(text_config=text_config, dtype=native.dtype, **fields | _difference(carried, {}))
 
 
-def _unknown(native: PreTrainedConfig) -> dict[str, Any]:
+def _unknown(native: PreTrainedConfig, family: Family) -> dict[str, Any]:
     """Fields that the native class does not declare, which are somebody's own, and set ones that nothing reads."""
     known = (
         _declared(native.model_type) | _OF_THE_FILE | set(native.attribute_map) | set(native.attribute_map.values())
     )
-    fields, usual = native.to_dict(), type(native)()
+    fields, usual = _difference(native.to_dict(), family.servers_read), type(native)()
     kept = {name for name in _UNREAD & fields.keys() if fields[name] != getattr(usual, name)}
     return {name: value for name, value in fields.items() if name not in known or name in kept}
 

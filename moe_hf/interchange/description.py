@@ -126,6 +126,7 @@ class Family:
         shared: its shared expert, or None.
         layers: how it says which layers stay dense, or None where all have experts.
         constants: further native fields: a value, or a function of our config.
+        servers_read: fields that its config class does not have, and other readers of the folder ask for.
         least_experts: E at which its router works.
         gguf_norm: what llama.cpp takes `norm_topk_prob` for, whatever the config says; None where it agrees.
         servers_divide: readers that take hidden_size / num_attention_heads for the size of a head, whatever the config says.
@@ -146,6 +147,7 @@ class Family:
     shared: SharedExpert | None = None
     layers: LayerChoice | None = None
     constants: dict[str, Any] = field(default_factory=dict)
+    servers_read: dict[str, Any] = field(default_factory=dict)
     least_experts: int = 1
     gguf_norm: bool | None = None
     servers_divide: str | None = None

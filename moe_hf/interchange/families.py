@@ -303,6 +303,7 @@ FAMILIES: dict[str, Family] = {
             )
         },
         layers=first_layers("first_k_dense_replace"),
+        servers_read={"scoring_func": "sigmoid"},
         **DEEPSEEK_ROUTING,
     ),
     "solar_open": Family(

@@ -131,7 +131,23 @@ def test_native_model_that_never_was_ours_is_imported_without_loss(target, tmp_p
     # A class derives fields from others when it is loaded, and writes them out when it is saved again.
     reloaded = AutoConfig.from_pretrained(tmp_path / "native").to_dict() | config_of(tmp_path / "native")
     again = {name: value for name, value in config_of(again).items() if name not in OLDER | {"head_dim"}}
-    assert {name: value for name, value in again.items() if reloaded[name] != value} == {}
+    added = FAMILIES[target].servers_read
+    assert {name: value for name, value in again.items() if (added | reloaded)[name] != value} == {}
+
+
+def test_export_says_what_other_readers_ask_for_and_an_import_does_not_keep_it(tmp_path):
+    _, moe = upcycled(EXACT["qwen3-dots1"])
+    moe.save_pretrained(tmp_path / "ours")
+    folder = export_native(tmp_path / "ours", tmp_path / "native", "dots1")
+    assert config_of(folder)["scoring_func"] == "sigmoid"
+    back = config_of(import_native(folder, tmp_path / "back"))
+    assert "scoring_func" not in back["text_config"] and back["scoring_func"] == "sigmoid"
+
+    fields = json.loads((folder / "config.json").read_text()) | {"scoring_func": "noaux_tc"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    import_native(folder, tmp_path / "own")
+    again = export_native(tmp_path / "own", tmp_path / "again", "dots1")
+    assert config_of(again)["scoring_func"] == "noaux_tc"
 
 
 def native_model(target: str, **overrides):
