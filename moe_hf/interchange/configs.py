@@ -137,6 +137,11 @@ def warnings_for(config: MoEConfig, target: str) -> list[str]:
             f"llama.cpp takes norm_topk_prob of {target} for {family.gguf_norm} whatever the config says, and this model has "
             f"{config.norm_topk_prob}: a GGUF file of it would compute something else. transformers reads the field"
         )
+    if family.shared is not None and family.shared.gated and config.shared_expert_intermediate_size == 0:
+        texts.append(
+            f"{target} has a shared expert always, here one of zeros with a gate of zero: llama.cpp divides by what the gate "
+            "says, so that a GGUF file of it would compute NaN. transformers and vLLM do not"
+        )
     heads, size = config.num_attention_heads, getattr(config, "head_dim", None)
     if family.servers_divide is not None and size and size * heads != config.hidden_size:
         texts.append(

@@ -116,7 +116,16 @@ def test_own_routing_function_has_no_native_counterpart(monkeypatch):
 )
 def test_normalisation_that_llama_cpp_ignores_is_warned_of(target, normalised, warns):
     case = Case(target.removesuffix("_moe"), target, moe={"norm_topk_prob": normalised})
-    assert any("llama.cpp" in text for text in warnings_for(moe_config(case), target)) == warns
+    assert any("takes norm_topk_prob" in text for text in warnings_for(moe_config(case), target)) == warns
+
+
+@pytest.mark.parametrize(
+    ("target", "shared", "warns"), [("qwen2_moe", 0, True), ("qwen2_moe", 32, False), ("qwen3_moe", 0, False)]
+)
+def test_shared_expert_of_zeros_of_which_llama_cpp_makes_nan_is_warned_of(target, shared, warns):
+    gated = {"shared_expert_intermediate_size": shared, "shared_expert_gate": True} if shared else {}
+    case = Case(target.removesuffix("_moe"), target, moe=gated)
+    assert any("would compute NaN" in text for text in warnings_for(moe_config(case), target)) == warns
 
 
 @pytest.mark.parametrize(

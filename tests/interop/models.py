@@ -148,6 +148,10 @@ def make_ours(folder: Path, family: str, fields: dict[str, Any] | None = None, *
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     dense = tiny_dense(family, vocab_size=len(tokenizer), **SIZES | special | (fields or {}))
     moe = upcycle(dense, num_experts=4, noise=0.5, allow_inexact=True, **moe_fields)
+    for name, parameter in moe.named_parameters():
+        if "shared_expert_gate" in name:
+            # As training leaves it: an upcycled gate is zero, and of that llama.cpp makes NaN.
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     save_model(moe, tokenizer, folder)
     return Checkpoint(folder)
 

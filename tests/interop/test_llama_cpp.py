@@ -23,8 +23,6 @@ NEEDS = {
     "hunyuan_v1_moe": ("moe_intermediate_size for each layer", "moe_intermediate_size"),
     "qwen3_5_moe_text": ("a head that predicts several tokens", "opt_num_mtp_layers"),
 }
-# Converted, and not what the model computes.
-NO_NUMBERS = {"qwen2_moe": "logits are NaN; why is not known"}
 CONVERTER = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/")
 
 
@@ -51,10 +49,6 @@ def test_a_converted_export_computes_the_same(family, native, llama_cpp, record,
     environment.output(*run)
     with numpy.load(tmp_path / "out.npz") as file:
         logits = torch.cat([torch.from_numpy(file[name]) for name in sorted(file)])
-    if family in NO_NUMBERS:
-        assert logits.isnan().any()
-        record(environment, f"export to {family}", f"converted, and {NO_NUMBERS[family]}")
-        return
     said = json.loads((tmp_path / "out.json").read_text())
     assert said["ids"] == checkpoint.answers.ids
     assert said["tokens"] == checkpoint.answers.tokens
