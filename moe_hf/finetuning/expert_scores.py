@@ -77,7 +77,7 @@ class ExpertScores:
                 }
                 more = {}
             token_share, gate_score = (_table([row[kind] for row in rows.values()]) for kind in (0, 1))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise MoEError(
                 f"{path} holds no expert scores ({error!r}). Make them with `moe-hf score-experts`."
             ) from error
@@ -87,7 +87,10 @@ class ExpertScores:
 def _table(rows: list[list[float]]) -> torch.Tensor:
     """Rows of different lengths as one table, filled up with zeros."""
     width = max(map(len, rows))
-    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float64)
+    table = torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float64)
+    if not table.isfinite().all():
+        raise ValueError("a score is not finite")
+    return table
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

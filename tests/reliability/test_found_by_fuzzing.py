@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import moe_hf
 from moe_hf import MoEError
 from moe_hf.checksums import safetensors_header
-from moe_hf.finetuning import ExpertSelection
+from moe_hf.finetuning import ExpertScores, ExpertSelection
 from moe_hf.finetuning.lora_config import ExpertLoraConfig
 from moe_hf.inference import load_low_memory, quantize_experts, save_low_memory
 from moe_hf.saving import MANIFEST_NAME, write_manifest
@@ -96,6 +96,17 @@ def test_a_selection_is_a_map_or_a_file(model):
     for source in (3, None, [1]):
         with pytest.raises(MoEError, match="no selection of experts"):
             ExpertSelection.load(source)
+
+
+NANS = {"token_share": [0.5, float("nan")], "gate_score": [0.5, 0.5]}
+
+
+@pytest.mark.parametrize("change", [{"num_tokens": float("inf")}, {"num_tokens": None}, {"layers": {"0": NANS}}])
+def test_scores_that_are_no_numbers_are_refused(change, tmp_path):
+    content = ExpertScores(("0",), torch.ones(1, 2), torch.ones(1, 2), (2,)).to_dict()
+    (tmp_path / "scores.json").write_text(json.dumps(content | change))
+    with pytest.raises(MoEError, match="holds no expert scores"):
+        ExpertScores.load(tmp_path / "scores.json")
 
 
 @pytest.mark.parametrize(
