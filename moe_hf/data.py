@@ -164,7 +164,9 @@ def _as_documents(rows: Dataset | DatasetDict, text_column: str, name: str, doma
         columns["document"] = [str(x) for x in rows["document"]]
     else:
         columns["document"] = [f"{name}:{i}" for i in range(len(rows))]
-    columns |= {name: list(rows[name]) for name in ID_ARGUMENTS if name in rows.column_names}
+    for ids in set(ID_ARGUMENTS).intersection(rows.column_names):
+        columns[ids] = list(rows[ids])
+        _check_ids(columns[ids], f"{ids} of {name!r}")
     return Dataset.from_dict(columns)
 
 
@@ -232,12 +234,16 @@ def tokenize_and_pack(
 
 def _ids_of_tokens(ids: Sequence[int], documents: list[np.ndarray], name: str) -> list[np.ndarray]:
     """The id of each document once per token."""
-    wrong = next((i for i, id_ in enumerate(ids) if type(id_) is not int), None)
+    _check_ids(ids, name)
+    return [np.full(len(document), id_, dtype=np.int32) for document, id_ in zip(documents, ids, strict=True)]
+
+
+def _check_ids(ids: Sequence[int], name: str) -> None:
+    wrong = next((i for i, id_ in enumerate(ids) if type(id_) is not int or not 0 <= id_ < 1 << 31), None)
     if wrong is not None:
         raise MoEError(
-            f"{name} of document {wrong} is {ids[wrong]!r}; it must be a whole number, as of every document."
+            f"{name}, document {wrong}, is {ids[wrong]!r}; it must be a whole number from 0, as of every document."
         )
-    return [np.full(len(document), id_, dtype=np.int32) for document, id_ in zip(documents, ids, strict=True)]
 
 
 def _packed(documents: list[np.ndarray], block_size: int) -> dict[str, np.ndarray]:

@@ -163,7 +163,16 @@ def config_errors(path: str | Path) -> Iterator[None]:
         yield
     except MoEError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MoEError(f"The configuration of {path} cannot be read: {reason}") from error
     except StrictDataclassError as error:

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 import moe_hf
 from moe_hf import MoEError
 from moe_hf.checksums import safetensors_header
+from moe_hf.data import load_text
 from moe_hf.finetuning import ExpertScores, ExpertSelection
 from moe_hf.finetuning.lora_config import ExpertLoraConfig
 from moe_hf.inference import load_low_memory, quantize_experts, save_low_memory
@@ -115,6 +116,7 @@ def test_scores_that_are_no_numbers_are_refused(change, tmp_path):
         ("config.json", lambda c: c.update(hidden_act=0)),
         ("config.json", lambda c: c.update(hidden_act=[])),
         ("config.json", lambda c: c.update(vocab_size=-6)),
+        ("config.json", lambda c: c.update(pad_token_id=1 << 31)),
         ("config.json", lambda c: c.update(vocab_size=1 << 70)),
         ("config.json", lambda c: c.update(num_hidden_layers=1 << 40)),
         ("config.json", lambda c: c.update(model_type="none")),
@@ -165,3 +167,11 @@ def test_weights_that_are_no_safetensors_file_are_named(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"\0" * 8 + b"x")
     with pytest.raises(MoEError, match="cannot be read"):
         safetensors_header(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("ids", [("a", 1), (1, 2.5), (1, True), (-1, 1), (1, 1 << 40), (1, None)], ids=str)
+def test_ids_of_documents_that_are_none_are_refused(ids, tmp_path):
+    rows = [{"text": "some words", "task_ids": id_} for id_ in ids]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(MoEError, match=r"task_ids of 'rows.jsonl', document \d, is .*; it must be a whole number"):
+        load_text(str(tmp_path / "rows.jsonl"))
