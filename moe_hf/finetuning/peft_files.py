@@ -95,8 +95,9 @@ def from_peft(model: nn.Module, peft_config: dict[str, Any], tensors: Matrices) 
             try:
                 down = left.pop(f"{where}.lora_A.weight").reshape(num_experts, config.r, inputs)
                 up = left.pop(f"{where}.lora_B.weight").reshape(outputs, config.r, num_experts)
-            except (KeyError, RuntimeError) as error:
-                raise MoEError(f"The files of PEFT do not fit {block}.experts.{name}: {error}.") from error
+            except (KeyError, RuntimeError, TypeError) as error:
+                reason = str(error).splitlines()[0]
+                raise MoEError(f"The files of PEFT do not fit {block}.experts.{name}: {reason}.") from error
             result[f"{block}.{name}_A"] = down.contiguous()
             result[f"{block}.{name}_B"] = up.permute(2, 1, 0).contiguous()
     if left:

@@ -69,6 +69,7 @@ def _rewrite(file, change):
         (lambda facts: facts["config"].update(alpha="1"), "must be a number"),
         (lambda facts: facts["config"].update(rank_pattern=[]), "a map of 'layer.expert' to ranks"),
         (lambda facts: facts["config"].update(r=1 << 40), "their tensors are not"),
+        (lambda facts: facts["config"].update(r=1 << 63), "their tensors are not"),
         (lambda facts: facts["config"].update(experts="/etc/hostname"), "are in the file"),
         (lambda facts: facts["config"].update(experts=3), "is no selection of experts"),
     ],
@@ -83,7 +84,14 @@ def test_adapters_that_say_something_impossible_are_refused_and_leave_the_model(
 
 @pytest.mark.parametrize(
     "change",
-    [{"target_parameters": 5}, {"target_parameters": [1]}, {"lora_alpha": None}, {"lora_alpha": ""}, {"r": None}],
+    [
+        {"target_parameters": 5},
+        {"target_parameters": [1]},
+        {"lora_alpha": None},
+        {"lora_alpha": ""},
+        {"r": None},
+        {"r": 1 << 63},
+    ],
     ids=str,
 )
 def test_a_config_of_peft_with_values_of_other_types_is_refused(change, model, tmp_path):
