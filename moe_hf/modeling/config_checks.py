@@ -51,7 +51,7 @@ def raise_moe_errors(init):
             raise (cause if isinstance(cause, MoEError) else MoEError(str(error))) from error
         except MoEError:
             raise
-        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             # transformers reads some fields before it checks their types.
             raise MoEError(f"A field has the wrong type or value: {type(error).__name__}: {error}.") from error
 

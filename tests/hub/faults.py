@@ -315,7 +315,8 @@ def _pull_with_fault(name: str, part: str, **fault) -> dict:
 
 def corrupt_store() -> dict:
     """A changed byte in the xet store."""
-    for file in (WORK / "cas").rglob("xorbs/**/*"):
+    # Python 3.13 finds a file below two folders of the name twice, and twice changed is not changed.
+    for file in set((WORK / "cas").rglob("xorbs/**/*")):
         if file.is_file() and file.suffix != ".mdb" and file.stat().st_size > 100_000:
             content = bytearray(file.read_bytes())
             content[50_000] ^= 1

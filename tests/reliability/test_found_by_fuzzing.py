@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import moe_hf
-from moe_hf import MoEError
+from moe_hf import MoEConfig, MoEError
 from moe_hf.checksums import safetensors_header
 from moe_hf.data import load_text
 from moe_hf.finetuning import ExpertScores, ExpertSelection
@@ -18,7 +18,7 @@ from moe_hf.trainer.arguments import FinetuneArguments, MoEArgumentParser
 from moe_hf.weight_checks import check_structure
 from tests.reliability.folders import changed_json
 from tests.reliability.mutations import packed, unpacked
-from tests.tiny_models import tiny_native_moe
+from tests.tiny_models import tiny_config, tiny_native_moe
 
 
 @pytest.mark.parametrize(
@@ -183,3 +183,8 @@ def test_ids_of_documents_that_are_none_are_refused(ids, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(MoEError, match=r"task_ids of 'rows.jsonl', document \d, is .*; it must be a whole number"):
         load_text(str(tmp_path / "rows.jsonl"))
+
+
+def test_a_dtype_that_is_none_is_refused_by_a_configuration():
+    with pytest.raises(MoEError, match="wrong type or value"):
+        MoEConfig(text_config=tiny_config("llama").to_dict() | {"dtype": 1e308})
