@@ -94,7 +94,7 @@ def test_demo_leaves_a_report_and_a_model_to_share_with_a_card_of_what_was_measu
     ours, parent, control = (seed[name]["held_out"] for name in ("moe_all", "dense", "dense_all"))
     row = "| CPython prose, held-out documents | nats/token | {:.4f} | {:.4f} |"
     assert row.format(ours["prose"]["token_loss"], parent["prose"]["token_loss"]) in card
-    assert f"| tokens | {TINY['continued_tokens']:,} |" in card
+    assert f"| tokens | {TINY['continued_tokens']:,} |" in card and "| scope | all |" in card
     assert f"(dense, all) it has {control['all']['token_loss']:.4f} nats/token" in card
     assert "python -m training.demo --vocab-size 512 --code-characters 200000" in card
     assert str(output_dir) not in card

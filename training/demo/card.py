@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_hf.reporting.card_facts import this_hardware, training_facts
 
-from .settings import Settings
+from .settings import ARMS, Settings
 from .tables import ROWS
 
 
@@ -41,7 +41,7 @@ def card_facts(
     ]
     losses = {arm: f"{found['all']['token_loss']:.4f}" for arm, found in measured.items()}
     facts = {
-        "training": training_facts(training, this_hardware()),
+        "training": {"scope": ARMS[name].scope} | training_facts(training, this_hardware()),
         "results": results,
         "routing_report": report,
         "commands": [command(settings, seed)],
