@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetsError
+from pyarrow import ArrowException
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -64,14 +65,32 @@ def load_text(source: str = BUILTIN_CORPUS, *, split: str = "train", text_column
         raise MoEError(
             f"No file or folder {source!r}. Give an existing path, a Hub dataset name, or {BUILTIN_CORPUS!r}."
         )
+    return _as_documents(load_rows(source, split), text_column, source, "text")
+
+
+def load_rows(source: str, split: str = "train") -> Dataset:
+    """Load the rows of a .jsonl, .json, .csv or .parquet file, or of a dataset on the Hub.
+
+    Raises:
+        MoEError: there is no such file or dataset, or it cannot be read.
+    """
+    kind = TABLE_SUFFIXES.get(Path(source).suffix)
+    with _reading(source):
+        return load_dataset(kind, data_files=source, split="train") if kind else load_dataset(source, split=split)
+
+
+@contextlib.contextmanager
+def _reading(source: str) -> Iterator[None]:
+    """One error for all that datasets and pyarrow raise; which it is depends on what is in the rows."""
     try:
-        rows = load_dataset(source, split=split)
-    except (DatasetsError, OSError, ValueError) as error:
+        yield
+    except MoEError:
+        raise
+    except (DatasetsError, ArrowException, OSError, ValueError, LookupError, TypeError) as error:
         raise MoEError(
-            f"Could not load the dataset {source!r} (split {split!r}): {error}. "
-            f"Give an existing path, the name of a Hub dataset, or {BUILTIN_CORPUS!r}."
+            f"Could not read {source!r}: {error.__cause__ or error}. Check the file, or give the name and a split of a "
+            "dataset of the Hub."
         ) from error
-    return _as_documents(rows, text_column, source, "text")
 
 
 def builtin_corpus() -> Dataset:
@@ -140,32 +159,29 @@ def _read_utf8(file: Path) -> str:
 def _load_table(file: Path, name: str, text_column: str, domain: str) -> Dataset:
     if file.suffix != ".parquet":
         _read_utf8(file)
-    try:
-        rows = load_dataset(TABLE_SUFFIXES[file.suffix], data_files=str(file), split="train")
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        reason = error.__cause__ or error
-        raise MoEError(f"Could not read {str(file)!r} as {file.suffix[1:]}: {reason}. Check the file.") from error
-    return _as_documents(rows, text_column, name, domain)
+    return _as_documents(load_rows(str(file)), text_column, name, domain)
 
 
-def _as_documents(rows: Dataset | DatasetDict, text_column: str, name: str, domain: str) -> Dataset:
+def _as_documents(rows: Dataset, text_column: str, name: str, domain: str) -> Dataset:
     if text_column not in rows.column_names:
         raise MoEError(
             f"{name!r} has no column {text_column!r}; it has {', '.join(sorted(rows.column_names))}. Set text_column."
         )
-    texts = rows[text_column]
+    with _reading(name):
+        texts = list(rows[text_column])
     empty = next((i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()), None)
     if empty is not None or len(rows) == 0:
         where = f"row {empty} of {name!r}" if len(rows) else repr(name)
         raise MoEError(f"{where} has no text in column {text_column!r}. Remove such rows.")
-    columns = {"text": list(texts)}
+    columns = {"text": texts}
     columns["domain"] = [str(x) for x in rows["domain"]] if "domain" in rows.column_names else [domain] * len(rows)
     if "document" in rows.column_names:
         columns["document"] = [str(x) for x in rows["document"]]
     else:
         columns["document"] = [f"{name}:{i}" for i in range(len(rows))]
     for ids in set(ID_ARGUMENTS).intersection(rows.column_names):
-        columns[ids] = list(rows[ids])
+        with _reading(name):
+            columns[ids] = list(rows[ids])
         _check_ids(columns[ids], f"{ids} of {name!r}")
     return Dataset.from_dict(columns)
 

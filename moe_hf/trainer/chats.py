@@ -3,12 +3,11 @@
 from dataclasses import dataclass, field
 
 import torch
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_hf.answers import answer_metrics
-from moe_hf.data import split_by_document
+from moe_hf.data import load_rows, split_by_document
 from moe_hf.errors import MoEError
 from moe_hf.library_tasks import library_task
 from moe_hf.trainer.arguments import ModelArguments, MoETrainingArguments
@@ -56,18 +55,8 @@ def load_chats(args: ChatDataArguments, columns: tuple[str, ...]) -> tuple[Datas
     Raises:
         MoEError: nothing to read, or a missing column.
     """
-    if args.dataset.startswith("builtin"):
-        rows = library_task(args.dataset)
-    else:
-        try:
-            is_file = args.dataset.endswith((".jsonl", ".json"))
-            rows = (
-                load_dataset("json", data_files=args.dataset, split="train")
-                if is_file
-                else load_dataset(args.dataset, split=args.dataset_split)
-            )
-        except (DatasetsError, OSError, ValueError) as error:
-            raise MoEError(f"Could not load the dataset {args.dataset!r}: {error}.") from error
+    is_builtin = args.dataset.startswith("builtin")
+    rows = library_task(args.dataset) if is_builtin else load_rows(args.dataset, args.dataset_split)
     missing = [name for name in columns if name not in rows.column_names]
     if missing:
         raise MoEError(f"{args.dataset!r} has no column {', '.join(missing)}; it has {', '.join(rows.column_names)}.")

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import Dataset
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -16,7 +15,7 @@ from transformers import (
 )
 
 from moe_hf.answers import IGNORED_LABEL, ClassifierMetrics, predicted_labels
-from moe_hf.data import split_by_document
+from moe_hf.data import load_rows, split_by_document
 from moe_hf.errors import MoEError
 from moe_hf.library_tasks import library_task
 from moe_hf.trainer.arguments import ModelArguments, MoETrainingArguments
@@ -38,7 +37,7 @@ class LabelledDataArguments:
     dataset: str = field(
         default="builtin_functions",
         metadata={
-            "help": "A built-in name, a .jsonl file or a Hub dataset with the columns text and label, or tokens and tags."
+            "help": "A built-in name, a .jsonl, .csv or .parquet file, or a Hub dataset with the columns text and label, or tokens and tags."
         },
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
@@ -68,7 +67,8 @@ def load_labelled(args: LabelledDataArguments) -> LabelledData:
     Raises:
         MoEError: nothing to read, a missing column, or fewer than two labels.
     """
-    rows = _load_rows(args)
+    is_builtin = args.dataset.startswith("builtin")
+    rows = library_task(args.dataset) if is_builtin else load_rows(args.dataset, args.dataset_split)
     text, label = COLUMNS[args.task]
     missing = {text, label} - set(rows.column_names)
     if missing:
@@ -95,17 +95,6 @@ def load_labelled(args: LabelledDataArguments) -> LabelledData:
     train, held_out = split_by_document(rows, args.held_out_share, args.split_seed)
     train = train.shuffle(seed=args.split_seed)
     return LabelledData(_first(train, args.max_train_rows), _first(held_out, args.max_eval_rows), names)
-
-
-def _load_rows(args: LabelledDataArguments) -> Dataset:
-    if args.dataset.startswith("builtin"):
-        return library_task(args.dataset)
-    try:
-        if args.dataset.endswith((".jsonl", ".json")):
-            return load_dataset("json", data_files=args.dataset, split="train")
-        return load_dataset(args.dataset, split=args.dataset_split)
-    except (DatasetsError, OSError, ValueError) as error:
-        raise MoEError(f"Could not load the dataset {args.dataset!r}: {error}.") from error
 
 
 def _first(rows: Dataset, count: int | None) -> Dataset:

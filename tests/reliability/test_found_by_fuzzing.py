@@ -188,3 +188,10 @@ def test_ids_of_documents_that_are_none_are_refused(ids, tmp_path):
 def test_a_dtype_that_is_none_is_refused_by_a_configuration():
     with pytest.raises(MoEError, match="wrong type or value"):
         MoEConfig(text_config=tiny_config("llama").to_dict() | {"dtype": 1e308})
+
+
+@pytest.mark.parametrize("text", [{"\0": None, "": None}, {"\0": ["a", False]}, {"\0": None, "": ["a", False]}], ids=str)
+def test_texts_that_a_table_cannot_hold_are_refused(text, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}))
+    with pytest.raises(MoEError, match="Could not read .*rows.jsonl"):
+        load_text(str(tmp_path / "rows.jsonl"))
