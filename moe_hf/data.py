@@ -75,17 +75,15 @@ def load_rows(source: str, split: str = "train") -> Dataset:
         MoEError: there is no such file or dataset, or it cannot be read.
     """
     kind = TABLE_SUFFIXES.get(Path(source).suffix)
-    with _reading(source):
-        return load_dataset(kind, data_files=source, split="train") if kind else load_dataset(source, split=split)
-
-
-@contextlib.contextmanager
-def _reading(source: str) -> Iterator[None]:
-    """One error for all that datasets and pyarrow raise; which it is depends on what is in the rows."""
     try:
-        yield
-    except MoEError:
-        raise
+        if kind is None:
+            return load_dataset(source, split=split)
+        rows = load_dataset(kind, data_files=source, split="train")
+        # A row that pyarrow holds and Python cannot is found here, not in the middle of a training.
+        for _ in rows.iter(batch_size=1000):
+            pass
+        return rows
+    # Which one it is depends on what is in the rows.
     except (DatasetsError, ArrowException, OSError, ValueError, LookupError, TypeError) as error:
         raise MoEError(
             f"Could not read {source!r}: {error.__cause__ or error}. Check the file, or give the name and a split of a "
@@ -167,8 +165,7 @@ def _as_documents(rows: Dataset, text_column: str, name: str, domain: str) -> Da
         raise MoEError(
             f"{name!r} has no column {text_column!r}; it has {', '.join(sorted(rows.column_names))}. Set text_column."
         )
-    with _reading(name):
-        texts = list(rows[text_column])
+    texts = list(rows[text_column])
     empty = next((i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()), None)
     if empty is not None or len(rows) == 0:
         where = f"row {empty} of {name!r}" if len(rows) else repr(name)
@@ -180,8 +177,7 @@ def _as_documents(rows: Dataset, text_column: str, name: str, domain: str) -> Da
     else:
         columns["document"] = [f"{name}:{i}" for i in range(len(rows))]
     for ids in set(ID_ARGUMENTS).intersection(rows.column_names):
-        with _reading(name):
-            columns[ids] = list(rows[ids])
+        columns[ids] = list(rows[ids])
         _check_ids(columns[ids], f"{ids} of {name!r}")
     return Dataset.from_dict(columns)
 
@@ -200,7 +196,8 @@ def split_by_document(dataset: Dataset, held_out_share: float, seed: int = 0) ->
     """
     if not 0 < held_out_share < 1:
         raise MoEError(f"held_out_share={held_out_share} is not between 0 and 1 (both excluded).")
-    keys = list(zip(dataset["domain"], dataset["document"], strict=True))
+    # As texts: names in a user's rows can be anything.
+    keys = list(zip(map(str, dataset["domain"]), map(str, dataset["document"]), strict=True))
     by_domain: dict[str, set[str]] = {}
     for domain, document in keys:
         by_domain.setdefault(domain, set()).add(document)

@@ -15,6 +15,7 @@ from moe_hf.finetuning.lora_config import ExpertLoraConfig
 from moe_hf.inference import load_low_memory, quantize_experts, save_low_memory
 from moe_hf.saving import MANIFEST_NAME, write_manifest
 from moe_hf.trainer.arguments import FinetuneArguments, MoEArgumentParser
+from moe_hf.trainer.chats import ChatDataArguments, load_chats
 from moe_hf.weight_checks import check_structure
 from tests.reliability.folders import changed_json
 from tests.reliability.mutations import packed, unpacked
@@ -190,8 +191,18 @@ def test_a_dtype_that_is_none_is_refused_by_a_configuration():
         MoEConfig(text_config=tiny_config("llama").to_dict() | {"dtype": 1e308})
 
 
-@pytest.mark.parametrize("text", [{"\0": None, "": None}, {"\0": ["a", False]}, {"\0": None, "": ["a", False]}], ids=str)
-def test_texts_that_a_table_cannot_hold_are_refused(text, tmp_path):
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}))
-    with pytest.raises(MoEError, match="Could not read .*rows.jsonl"):
-        load_text(str(tmp_path / "rows.jsonl"))
+@pytest.mark.parametrize("column", ["text", "domain", "document", "messages"])
+@pytest.mark.parametrize("value", [{"\0": None, "": None}, {"\0": ["a", False]}, {"\0": {}}], ids=str)
+def test_rows_that_a_table_cannot_hold_are_refused(value, column, tmp_path):
+    row = {"text": "a", "messages": [], "document": "a"} | {column: value}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    for read in (load_text, lambda file: load_chats(ChatDataArguments(dataset=file), ("messages",))):
+        with pytest.raises(MoEError, match="Could not read .*rows.jsonl"):
+            read(str(tmp_path / "rows.jsonl"))
+
+
+def test_documents_of_chats_may_have_any_name(tmp_path):
+    rows = [{"messages": [], "document": {"page": page}} for page in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ChatDataArguments(dataset=str(tmp_path / "rows.jsonl"))
+    assert [len(part) for part in load_chats(arguments, ("messages",))] == [2, 1]
