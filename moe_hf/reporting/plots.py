@@ -184,13 +184,10 @@ def _bars(axes: Axes, values: Sequence[float], labels: Sequence[str], title: str
     axes.spines[["top", "right", "left"]].set_visible(False)
     if len(values) <= LARGEST_LABELLED:
         for place, value in enumerate(values):
-            axes.annotate(
-                f" {value:.2f}",
-                (0, place),
-                va="center",
-                fontsize=7,
-                color="white" if value > 0.3 * max(values) else color,
-            )
+            # Within its bar, or behind one that is too short.
+            is_short = value <= 0.3 * max(values)
+            at, ink = (value, color) if is_short else (0, "white")
+            axes.annotate(f" {value:.2f}", (at, place), va="center", fontsize=7, color=ink)
 
 
 def _numbers(count: int) -> list[str]:
