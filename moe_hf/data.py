@@ -6,9 +6,11 @@ the block-diagonal attention mask from that when no `attention_mask` and no cach
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ BUILTIN_CORPUS = "builtin"
 COLUMNS = ("text", "domain", "document")
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+NULL_ROW = re.compile(rb"(?:\A|[\r\n])[ \t\xef\xbb\xbf]*null")
 END_OF_TEXT = "<|endoftext|>"
 IGNORED_LABEL = -100
 NOT_LIBRARY_CODE = {
@@ -78,17 +81,33 @@ def load_rows(source: str, split: str = "train") -> Dataset:
     try:
         if kind is None:
             return load_dataset(source, split=split)
+        if kind == "json":
+            _refuse_null_rows(source)
         rows = load_dataset(kind, data_files=source, split="train")
         # A row that pyarrow holds and Python cannot is found here, not in the middle of a training.
         for _ in rows.iter(batch_size=1000):
             pass
         return rows
+    except MoEError:
+        raise
     # Which one it is depends on what is in the rows.
     except (DatasetsError, ArrowException, OSError, ValueError, LookupError, TypeError) as error:
         raise MoEError(
             f"Could not read {source!r}: {error.__cause__ or error}. Check the file, or give the name and a split of a "
             "dataset of the Hub."
         ) from error
+
+
+def _refuse_null_rows(source: str) -> None:
+    """Where a block of a file begins with null, pyarrow's reader of JSON ends the process (seen in pyarrow 26.0.1)."""
+    for file in [source] if Path(source).is_file() else glob.glob(source):
+        content = Path(file).read_bytes()
+        found = NULL_ROW.search(content)
+        if found is not None:
+            line = content.count(b"\n", 0, found.end()) + 1
+            raise MoEError(
+                f"Line {line} of {file!r} begins with null, which is no row. Write one JSON object per line."
+            )
 
 
 def builtin_corpus() -> Dataset:

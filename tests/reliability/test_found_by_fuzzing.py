@@ -206,3 +206,15 @@ def test_documents_of_chats_may_have_any_name(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ChatDataArguments(dataset=str(tmp_path / "rows.jsonl"))
     assert [len(part) for part in load_chats(arguments, ("messages",))] == [2, 1]
+
+
+@pytest.mark.parametrize("content", ["null", "\ufeff null", '{"text": "a"}\nnull', '{"text": "a"}\r\tnullx'])
+def test_rows_of_null_which_end_the_process_in_pyarrow_are_refused(content, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(content, encoding="utf-8", newline="")
+
+    def chats(file):
+        load_chats(ChatDataArguments(dataset=file), ("text",))
+
+    for read, name in ((load_text, "rows.jsonl"), (chats, "rows.jsonl"), (chats, "*.jsonl")):
+        with pytest.raises(MoEError, match=r"Line \d of .*rows.jsonl' begins with null"):
+            read(str(tmp_path / name))
