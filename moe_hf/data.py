@@ -197,7 +197,7 @@ def _as_documents(rows: Dataset, text_column: str, name: str, domain: str) -> Da
         columns["document"] = [f"{name}:{i}" for i in range(len(rows))]
     for ids in set(ID_ARGUMENTS).intersection(rows.column_names):
         columns[ids] = list(rows[ids])
-        _check_ids(columns[ids], f"{ids} of {name!r}")
+        _check_ids(columns[ids], ids, f" in {name!r}")
     return Dataset.from_dict(columns)
 
 
@@ -270,11 +270,11 @@ def _ids_of_tokens(ids: Sequence[int], documents: list[np.ndarray], name: str) -
     return [np.full(len(document), id_, dtype=np.int32) for document, id_ in zip(documents, ids, strict=True)]
 
 
-def _check_ids(ids: Sequence[int], name: str) -> None:
+def _check_ids(ids: Sequence[int], name: str, where: str = "") -> None:
     wrong = next((i for i, id_ in enumerate(ids) if type(id_) is not int or not 0 <= id_ < 1 << 31), None)
     if wrong is not None:
         raise MoEError(
-            f"{name}, document {wrong}, is {ids[wrong]!r}; it must be a whole number from 0, as of every document."
+            f"{name} of document {wrong}{where} is {ids[wrong]!r}; it must be a whole number from 0, as of every document."
         )
 
 

@@ -182,7 +182,7 @@ def test_weights_that_are_no_safetensors_file_are_named(tmp_path):
 def test_ids_of_documents_that_are_none_are_refused(ids, tmp_path):
     rows = [{"text": "some words", "task_ids": id_} for id_ in ids]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(MoEError, match=r"task_ids of 'rows.jsonl', document \d, is .*; it must be a whole number"):
+    with pytest.raises(MoEError, match=r"task_ids of document \d in 'rows.jsonl' is .*; it must be a whole number"):
         load_text(str(tmp_path / "rows.jsonl"))
 
 
