@@ -16,7 +16,7 @@ from functools import cache
 
 from datasets import Dataset
 
-from moe_hf.data import builtin_corpus
+from moe_hf.data import builtin_corpus, load_rows
 from moe_hf.errors import MoEError
 
 
@@ -219,3 +219,12 @@ def library_task(name: str) -> Dataset:
     if name not in LIBRARY_TASKS:
         raise MoEError(f"No built-in dataset {name!r}; there are builtin, {', '.join(LIBRARY_TASKS)}.")
     return LIBRARY_TASKS[name]()
+
+
+def load_task(dataset: str, split: str) -> Dataset:
+    """The rows of a dataset in `LIBRARY_TASKS`, of a file, or of a dataset on the Hub.
+
+    Raises:
+        MoEError: see [`library_task`] and [`moe_hf.data.load_rows`].
+    """
+    return library_task(dataset) if dataset.startswith("builtin") else load_rows(dataset, split)

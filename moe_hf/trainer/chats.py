@@ -7,9 +7,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_hf.answers import answer_metrics
-from moe_hf.data import load_rows, split_by_document
+from moe_hf.data import split_by_document
 from moe_hf.errors import MoEError
-from moe_hf.library_tasks import library_task
+from moe_hf.library_tasks import load_task
 from moe_hf.trainer.arguments import ModelArguments, MoETrainingArguments
 from moe_hf.trainer.programs import load_checkpoint
 
@@ -55,8 +55,7 @@ def load_chats(args: ChatDataArguments, columns: tuple[str, ...]) -> tuple[Datas
     Raises:
         MoEError: nothing to read, or a missing column.
     """
-    is_builtin = args.dataset.startswith("builtin")
-    rows = library_task(args.dataset) if is_builtin else load_rows(args.dataset, args.dataset_split)
+    rows = load_task(args.dataset, args.dataset_split)
     missing = [name for name in columns if name not in rows.column_names]
     if missing:
         raise MoEError(f"{args.dataset!r} has no column {', '.join(missing)}; it has {', '.join(rows.column_names)}.")

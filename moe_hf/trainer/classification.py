@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from moe_hf.answers import IGNORED_LABEL, ClassifierMetrics, predicted_labels
-from moe_hf.data import load_rows, split_by_document
+from moe_hf.data import split_by_document
 from moe_hf.errors import MoEError
-from moe_hf.library_tasks import library_task
+from moe_hf.library_tasks import load_task
 from moe_hf.trainer.arguments import ModelArguments, MoETrainingArguments
 from moe_hf.trainer.deepspeed import loaded_whole
 from moe_hf.trainer.moe_trainer import MoETrainer
@@ -37,7 +37,8 @@ class LabelledDataArguments:
     dataset: str = field(
         default="builtin_functions",
         metadata={
-            "help": "A built-in name, a .jsonl, .csv or .parquet file, or a Hub dataset with the columns text and label, or tokens and tags."
+            "help": "A built-in name, a .jsonl, .csv or .parquet file, or a Hub dataset with the columns text and label, "
+            "or tokens and tags."
         },
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
@@ -67,8 +68,7 @@ def load_labelled(args: LabelledDataArguments) -> LabelledData:
     Raises:
         MoEError: nothing to read, a missing column, or fewer than two labels.
     """
-    is_builtin = args.dataset.startswith("builtin")
-    rows = library_task(args.dataset) if is_builtin else load_rows(args.dataset, args.dataset_split)
+    rows = load_task(args.dataset, args.dataset_split)
     text, label = COLUMNS[args.task]
     missing = {text, label} - set(rows.column_names)
     if missing:
