@@ -57,6 +57,7 @@ LAYERS = [
         "answers",
     },
     {"kernels"},
+    {"unwrapping"},
     {"upcycling", "finetuning", "interchange", "inspection", "extraction", "domain_mixture", "weight_checks"},
     {"reporting", "planning", "inference"},
     {"training_plan"},

@@ -22,6 +22,7 @@ from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.routing import Routing, router_scores
 from moe_hf.modeling.routing_pass import document_ids_of
 from moe_hf.router_outputs import ROUTER_NAMES
+from moe_hf.unwrapping import transformer_of
 
 
 @dataclass(frozen=True)
@@ -200,13 +201,6 @@ class _NoteDecision:
                 has_grad=torch.is_grad_enabled(),
             )
         )
-
-
-def transformer_of(model: nn.Module) -> nn.Module:
-    """The model of transformers inside wrappers of Accelerate and PEFT."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def find_routers(model: nn.Module) -> dict[str, nn.Module]:

@@ -21,10 +21,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_hf.errors import MoEError
-from moe_hf.finetuning.router_watch import ForwardPass, RouterDecision, RouterWatch, transformer_of
+from moe_hf.finetuning.router_watch import ForwardPass, RouterDecision, RouterWatch
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.losses import LOSSES, LayerRouting, loss_coefficients, share_of_step, sum_over_ranks
 from moe_hf.trainer.expert_balance import BIAS, reset_step_counts, start_counting
+from moe_hf.unwrapping import transformer_of
 
 
 SCOPES = ("micro_batch", "sequence", "global_batch")
