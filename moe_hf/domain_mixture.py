@@ -22,6 +22,7 @@ from transformers import (
 from moe_hf.errors import MoEError
 from moe_hf.modeling.modeling_moe import MoEForCausalLM
 from moe_hf.modeling.routing_ids import id_counts
+from moe_hf.unwrapping import unwrapped
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class DomainMixture:
     """
 
     def __init__(self, model: MoEForCausalLM, prior: torch.Tensor | None = None) -> None:
+        model = unwrapped(model)
         counts = {kind: count for kind, count in id_counts(model.config).items() if count > 1}
         if len(counts) != 1:
             raise MoEError(

@@ -18,6 +18,7 @@ from moe_hf.modeling.modeling_moe import MoEForCausalLM
 from moe_hf.modeling.moe_block import MoEBlock
 from moe_hf.modeling.routing_ids import example_ids, id_counts, open_experts
 from moe_hf.modeling.routing_pass import RoutingPass, routing_pass
+from moe_hf.unwrapping import whole_model
 
 
 TOLERANCE = 1e-5
@@ -48,10 +49,9 @@ def extract_experts(
         MoEError: an id that the routers do not tell apart, or a configuration for which the experts of an id are not
             fixed; or the logits differ.
     """
+    model = whole_model(model, "Extraction")
     if not isinstance(model, MoEForCausalLM):
-        raise MoEError(
-            f"extract_experts needs a MoEForCausalLM, and got {type(model).__name__}; unwrap or merge it first."
-        )
+        raise MoEError(f"extract_experts needs a MoEForCausalLM, and got {type(model).__name__}.")
     given = {"task": task, "language": language, "modality": modality}
     ids = {kind: id_ for kind, id_ in given.items() if id_ is not None}
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, MoEBlock)}

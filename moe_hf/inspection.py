@@ -18,6 +18,7 @@ from moe_hf.errors import MoEError
 from moe_hf.finetuning import SCOPES, find_moe_blocks, scope_parameter_names
 from moe_hf.modeling.index_names import check_kernel_names
 from moe_hf.modeling.segment_merge import SEGMENT_LENGTH
+from moe_hf.unwrapping import unwrapped
 
 
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
@@ -100,10 +101,11 @@ def inspect_model(model: PreTrainedModel | str | Path) -> ModelFacts:
     Raises:
         MoEError: for a path without a configuration, or one of something else than a causal language model.
     """
-    name = str(model)
+    model = unwrapped(model, or_path=True)
     if isinstance(model, PreTrainedModel):
         name = model.name_or_path or type(model).__name__
     else:
+        name = str(model)
         model = on_meta(name)
     parts = _parameter_parts(model)
     sizes = {parameter: tensor.numel() for parameter, tensor in model.named_parameters()}

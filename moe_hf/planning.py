@@ -17,6 +17,7 @@ from moe_hf.finetuning import scope_parameter_names
 from moe_hf.inspection import ModelFacts, inspect_model, load_config
 from moe_hf.interchange import exact_targets
 from moe_hf.modeling.configuration_moe import MoEConfig
+from moe_hf.unwrapping import path_of
 from moe_hf.upcycling.initialisers import Initialiser
 from moe_hf.upcycling.prepare import prepare
 from moe_hf.upcycling.router_init import RouterInit
@@ -44,6 +45,8 @@ FINDINGS = (
         "https://huggingface.co/papers/2502.19261",
     ),
 )
+
+INSTEAD = "save the model with save_pretrained first"
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def plan_upcycling(
     """
     ready = prepare(
         source,
-        lambda given: (str(given), dense_on_meta(str(given))),
+        lambda given: (str(path_of(given, INSTEAD)), dense_on_meta(str(given))),
         num_experts=num_experts,
         num_experts_per_tok=num_experts_per_tok,
         init=init,

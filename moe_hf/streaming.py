@@ -22,6 +22,7 @@ from moe_hf.errors import MoEError
 from moe_hf.hub import check_vocabulary
 from moe_hf.reporting.card import model_card
 from moe_hf.saving import refuse_existing
+from moe_hf.unwrapping import path_of
 from moe_hf.upcycling.initialisers import Initialiser
 from moe_hf.upcycling.initialisers.mix import TOKENIZER_FILES
 from moe_hf.upcycling.observations import observe
@@ -227,7 +228,7 @@ class _Job:
 
 def _source_folder(source: str | os.PathLike, output_dir: Path | None = None) -> Path:
     """The local folder of a source; a Hub id is fetched."""
-    folder = Path(source).expanduser()
+    folder = Path(path_of(source, "upcycle(model) takes a model in memory")).expanduser()
     if output_dir is not None:
         mine, its = folder.resolve(), output_dir.resolve()
         if mine == its or mine in its.parents:

@@ -3,6 +3,7 @@
 Every function that takes a model begins here, so that all of them take the same things, and refuse the rest in one sentence.
 """
 
+import copy
 import os
 import sys
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import PreTrainedModel
 
 from moe_hf.errors import MoEError
 from moe_hf.kernels import is_replaced, stored_experts_forward
@@ -31,7 +33,8 @@ def unwrapped(model: Any, *, or_path: bool = False, changes_parameters: bool = F
 
     Args:
         model (`Any`): what the user gave.
-        or_path (`bool`): a `str` or a path is given back as it is.
+        or_path (`bool`): a `str` or a path is given back as it is; anything else must be a model of transformers, which such
+            a caller would take for a path otherwise.
         changes_parameters (`bool`): the caller adds, removes or freezes parameters, which DistributedDataParallel and
             DeepSpeed have taken hold of.
 
@@ -69,6 +72,10 @@ def unwrapped(model: Any, *, or_path: bool = False, changes_parameters: bool = F
                 f"{name} was compiled apart, which changes the names of its weights: compile it in place, with "
                 "module.compile() instead of torch.compile(module)."
             )
+    if or_path and not isinstance(model, PreTrainedModel):
+        raise MoEError(
+            f"A {type(model).__name__} was given, which is no model of transformers: give one, or its folder."
+        )
     return model
 
 
@@ -99,7 +106,33 @@ def whole_model(model: Any, purpose: str, *, or_path: bool = False) -> Any:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise MoEError(f"{name} is spread over processes: load the whole model on one device first.")
+    return in_own_precision(model)
+
+
+def in_own_precision(model: Any) -> Any:
+    """`model` without the mixed precision that Accelerate's `prepare` sets on the object: same weights, its own arithmetic.
+
+    The model that was given stays as it is. A path is given back as it is.
+    """
+    if "_original_forward" not in getattr(model, "__dict__", ()):
+        return model
+    model = copy.copy(model)
+    del vars(model)["forward"], vars(model)["_original_forward"]
     return model
+
+
+def path_of(source: Any, instead: str) -> str | os.PathLike:
+    """`source`, a folder or a Hub id; a model is refused.
+
+    Args:
+        instead (`str`): what to do with a model, as the end of a sentence.
+
+    Raises:
+        MoEError: it is something else.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise MoEError(f"A {type(source).__name__} was given where a folder or a Hub id is read: {instead}.")
+    return source
 
 
 def has_peft_layers(model: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from moe_hf.finetuning.expert_selection import ExpertSelection
 from moe_hf.finetuning.moe_blocks import find_moe_blocks
 from moe_hf.finetuning.selected_experts import CHILD, selected_modules, stacked_parameters
 from moe_hf.saving import temporary_sibling
+from moe_hf.unwrapping import unwrapped
 
 
 DELTAS_NAME = "expert_deltas.safetensors"
@@ -89,6 +90,7 @@ def save_expert_deltas(model: nn.Module, path: str | Path, *, dtype: torch.dtype
     Raises:
         MoEError: no expert of the model was chosen, or the file cannot be written.
     """
+    model = unwrapped(model)
     chosen = {name.removesuffix(".experts"): module for name, module in selected_modules(model).items()}
     if not chosen:
         raise MoEError(f"No experts of {type(model).__name__} were chosen: apply_scope(model, 'selected', ...) first.")
@@ -155,6 +157,7 @@ def load_expert_deltas(model: nn.Module, path: str | Path) -> ExpertDeltas:
     """
     path = Path(path).expanduser()
     path = path / DELTAS_NAME if path.is_dir() else path
+    model = unwrapped(model)
     deltas, tensors = _read(path)
     blocks, named = find_moe_blocks(model), dict(model.named_parameters()) | dict(model.named_buffers())
     chosen = {n.removesuffix(".experts"): m.get_submodule(CHILD).ids for n, m in selected_modules(model).items()}

@@ -24,6 +24,7 @@ from moe_hf.kernels import (
     run_in_place_of,
     stored_experts_forward,
 )
+from moe_hf.unwrapping import unwrapped
 
 
 CHILD = "lora_adapter"
@@ -129,6 +130,7 @@ def add_expert_lora(model: nn.Module, config: ExpertLoraConfig) -> nn.Module:
     Raises:
         MoEError: the config does not fit the model, or its experts cannot have adapters; the model is then unchanged.
     """
+    given, model = model, unwrapped(model, changes_parameters=True)
     chosen, blocks = chosen_experts(model, config), find_moe_blocks(model)
     for name in chosen:
         _check(name, blocks[name].experts, config)
@@ -146,7 +148,7 @@ def add_expert_lora(model: nn.Module, config: ExpertLoraConfig) -> nn.Module:
         experts = blocks[name].experts
         experts.add_module(CHILD, adapter)
         run_in_place_of(experts, expert_lora_forward)
-    return model
+    return given
 
 
 def chosen_experts(model: nn.Module, config: ExpertLoraConfig) -> dict[str, tuple[int, ...]]:
@@ -223,6 +225,7 @@ def merge_expert_lora(model: nn.Module, *, unload: bool = False) -> nn.Module:
     Raises:
         MoEError: the model has no adapters, they are merged already, or its experts are sharded, quantized or offloaded.
     """
+    given, model = model, unwrapped(model, changes_parameters=unload)
     adapted = _adapted(model, merged=False)
     for name, block in find_moe_blocks(model).items():
         refuse_stored(name, block.experts)
@@ -241,7 +244,7 @@ def merge_expert_lora(model: nn.Module, *, unload: bool = False) -> nn.Module:
         adapter.merged = True
         if unload:
             delattr(experts, CHILD)
-    return model
+    return given
 
 
 @torch.no_grad()
@@ -251,7 +254,7 @@ def unmerge_expert_lora(model: nn.Module) -> nn.Module:
     Raises:
         MoEError: the model has no merged adapters.
     """
-    for experts, adapter in _adapted(model, merged=True):
+    for experts, adapter in _adapted(unwrapped(model), merged=True):
         for name, rows in adapter._originals.items():
             stacked = getattr(experts, name).data
             stacked[list(adapter.local_ids)] = rows.to(stacked.device)
@@ -266,7 +269,7 @@ def remove_expert_lora(model: nn.Module) -> nn.Module:
     Raises:
         MoEError: the model has no adapters, or they are merged.
     """
-    for experts, _ in _adapted(model, merged=False, may_be_sharded=True):
+    for experts, _ in _adapted(unwrapped(model, changes_parameters=True), merged=False, may_be_sharded=True):
         restore(experts)
         delattr(experts, CHILD)
     return model

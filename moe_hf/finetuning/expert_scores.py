@@ -15,6 +15,7 @@ from torch import nn
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.moe_blocks import find_moe_blocks
 from moe_hf.modeling.router import Router
+from moe_hf.unwrapping import unwrapped
 
 
 FORMAT = "moe_hf.expert_scores"
@@ -134,6 +135,7 @@ def score_experts(
     """
     if count not in COUNTED:
         raise MoEError(f"count is {count!r}; it must be 'all' or 'labels'.")
+    model = unwrapped(model)
     blocks = find_moe_blocks(model)
     if not blocks:
         raise MoEError(f"{type(model).__name__} has no MoE block: there are no experts to score.")

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.expert_selection import ExpertSelection
@@ -24,6 +23,7 @@ from moe_hf.finetuning.selected_experts import (
     split_selected_experts,
 )
 from moe_hf.modeling.dense_mlp import MLP_ATTRIBUTES, PROJECTIONS
+from moe_hf.unwrapping import unwrapped
 
 
 SCOPES = {
@@ -84,10 +84,7 @@ def apply_scope(
             wrapped in DistributedDataParallel, which has decided which gradients it waits for; the model is then
             unchanged.
     """
-    if isinstance(model, DistributedDataParallel):
-        raise MoEError(
-            "The model is wrapped in DistributedDataParallel already. Choose its scope before it is wrapped."
-        )
+    model = unwrapped(model, changes_parameters=True)
     _check_scope(scope)
     if (scope == "selected") != (expert_selection is not None):
         raise MoEError(

@@ -29,6 +29,7 @@ from moe_hf.kernels import (
     restore,
     run_in_place_of,
 )
+from moe_hf.unwrapping import unwrapped
 
 
 logger = logging.get_logger(__name__)
@@ -198,7 +199,7 @@ def merge_selected_experts(model: nn.Module) -> None:
 
     Values are rounded to the dtype of the stacked tensors. A model without chosen experts is left as it is.
     """
-    for experts in selected_modules(model).values():
+    for experts in selected_modules(unwrapped(model, changes_parameters=True)).values():
         write_back(experts)
         restore(experts)
         delattr(experts, CHILD)

@@ -24,6 +24,7 @@ from moe_hf.inspection import on_meta
 from moe_hf.interchange import export_native
 from moe_hf.reporting.card import METADATA_FACTS, hub_id, model_card
 from moe_hf.saving import MANIFEST_NAME, read_json_object, verify_manifest
+from moe_hf.unwrapping import path_of
 from moe_hf.weight_checks import check_structure
 
 
@@ -83,7 +84,7 @@ def push_folder(
             token, no right to write; the model has no exact native form; facts for a folder that has a card; or a transfer
             that failed.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(path_of(folder, "push_model takes a model in memory")).expanduser()
     check_repo_id(repo_id)
     kind = _kind_of(folder)
     if target is not None and kind != "model":

@@ -33,6 +33,7 @@ from moe_hf.inspection import config_errors, load_config
 from moe_hf.kernels import StoredExperts, describe_experts, leave_to_each_process
 from moe_hf.modeling import modeling_moe
 from moe_hf.saving import atomic_folder, refuse_existing, verify_manifest
+from moe_hf.unwrapping import path_of, whole_model
 from moe_hf.weight_checks import refuse_more_than_there_is
 from moe_hf.weight_files import WEIGHTS_NAME, CheckpointReader, TensorSpec
 
@@ -81,6 +82,7 @@ def save_low_memory(
         MoEError: the folder exists, or the model's experts have adapters, are offloaded, or cannot be stored.
     """
     refuse_existing(folder)
+    model = whole_model(model, "A low-memory folder")
     facts: dict[str, Any] = {"format_version": FORMAT_VERSION, "class": type(model).__name__, "experts": {}}
     tensors, names, taken = {}, {id(module): name for name, module in model.named_modules()}, set()
     for experts in expert_modules(model).values():
@@ -141,7 +143,7 @@ def load_low_memory(
     Raises:
         MoEError: the folder is not of this kind, is damaged, or has a format of a later version.
     """
-    folder, device = Path(folder), torch.device(device)
+    folder, device = Path(path_of(folder, "save it with save_low_memory first")), torch.device(device)
     if resident_per_layer is not None:
         check_residents(resident_per_layer)
     class_name, weights = _facts(folder)

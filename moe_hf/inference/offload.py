@@ -16,6 +16,7 @@ from moe_hf.inference.expert_cache import PLAIN, Backing, CachedMatrices, DiskBa
 from moe_hf.inference.quantize import expert_modules, set_stored
 from moe_hf.inference.schemes import Parts
 from moe_hf.kernels import StoredExperts, describe_experts, leave_to_each_process, stored_maps
+from moe_hf.unwrapping import unwrapped
 from moe_hf.weight_files import CheckpointReader
 
 
@@ -66,6 +67,7 @@ def offload_experts(
             unchanged.
     """
     check_residents(resident_per_layer)
+    given, model = model, unwrapped(model, changes_parameters=True)
     modules = expert_modules(model)
     target = torch.device(device if device is not None else next(model.parameters()).device)
     names = {id(module): name for name, module in model.named_modules()}
@@ -90,7 +92,8 @@ def offload_experts(
     for experts, name, weight in stored:
         set_stored(experts, name, weight)
     leave_to_each_process(model)
-    return model.to(target)
+    model.to(target)
+    return given
 
 
 def cache_report(model: nn.Module, *, reset: bool = False) -> CacheReport:
@@ -100,6 +103,7 @@ def cache_report(model: nn.Module, *, reset: bool = False) -> CacheReport:
         MoEError: its experts are not offloaded.
     """
     hits, misses = {}, {}
+    model = unwrapped(model)
     for block, experts in {name: block.experts for name, block in find_moe_blocks(model).items()}.items():
         sources = [w.source for w in stored_maps(experts).values() if isinstance(w.source, CachedMatrices)]
         if not sources:

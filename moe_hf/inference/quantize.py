@@ -27,6 +27,7 @@ from moe_hf.kernels import (
     stored_maps,
     stored_names,
 )
+from moe_hf.unwrapping import unwrapped
 
 
 class QuantizedMatrices(MatrixSource):
@@ -100,6 +101,7 @@ def quantize_experts(
     """
     if isinstance(scheme, str):
         scheme = QuantizationScheme(scheme, block_size, double_quant)
+    model = unwrapped(model, changes_parameters=True)
     blocks = expert_modules(model)
     for name, experts in blocks.items():
         refuse_stored(name, experts)
@@ -138,6 +140,7 @@ def restore_experts(model: nn.Module) -> nn.Module:
     Raises:
         MoEError: the experts have adapters; remove these first.
     """
+    given, model = model, unwrapped(model, changes_parameters=True)
     were_stored = stored_names(model)
     for experts in expert_modules(model).values():
         for name, stored in stored_maps(experts).items():
@@ -146,7 +149,7 @@ def restore_experts(model: nn.Module) -> nn.Module:
         if is_replaced(experts):
             restore(experts)
     leave_to_each_process(model, restored=were_stored)
-    return model
+    return given
 
 
 def set_stored(experts: nn.Module, name: str, stored: StoredExperts) -> None:

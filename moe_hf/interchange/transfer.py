@@ -18,6 +18,7 @@ from moe_hf.interchange.families import FAMILIES
 from moe_hf.interchange.plan import Plan, Span, inverse, make_exchange
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.saving import atomic_folder
+from moe_hf.unwrapping import path_of
 from moe_hf.weight_files import CheckpointReader, TensorSpec
 from moe_hf.weight_writer import FileWriter, StoredBytes, file_layouts, write_index
 
@@ -70,7 +71,7 @@ def export_native(
         AutoModelForCausalLM.from_pretrained("my-mixtral")
         ```
     """
-    source, config = Path(source_dir), moe_config_of(source_dir)
+    config, source = moe_config_of(source_dir), Path(source_dir)
     target = choose_target(config, target)
     native = native_config(config, target)
     checksums: dict[str, dict[str, str]] = {}
@@ -143,7 +144,7 @@ def moe_config_of(folder: str | os.PathLike) -> MoEConfig:
 
 
 def _folder(path: str | os.PathLike) -> Path:
-    folder = Path(path)
+    folder = Path(path_of(path, "save the model with save_pretrained first"))
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is no folder"
         raise MoEError(f"{folder} {what}: give a local folder with a checkpoint.")

@@ -21,6 +21,7 @@ from moe_hf.reporting.card_facts import (
     routing_health,
 )
 from moe_hf.resources import resource_path
+from moe_hf.unwrapping import unwrapped
 
 
 METADATA_FACTS = ("base_model", "license", "language", "datasets", "metrics", "tags")
@@ -71,6 +72,7 @@ def model_card(
     Raises:
         `MoEError`: a fact that the card has no place for, or of the wrong form.
     """
+    model = unwrapped(model)
     facts = _checked_facts(card_facts or {})
     upcycling = getattr(model.config, "upcycling", None) or {}
     counted = inspect_model(model)

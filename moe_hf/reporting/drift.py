@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from moe_hf.errors import MoEError
 from moe_hf.modeling.dense_mlp import MLPSite, activation_of, holder_of
+from moe_hf.unwrapping import whole_model
 from moe_hf.upcycling.initialisers.mix import Mix
 from moe_hf.upcycling.method import UpcyclingMethod
 from moe_hf.upcycling.prepare import sites_of_experts
@@ -32,6 +33,7 @@ def drift_from_origin(model: PreTrainedModel, origin: PreTrainedModel) -> tuple[
         MoEError: the model does not say how it was made, or by what cannot be made again from `origin` alone (other dense
             models, the user's tokens, surgery), or `origin` has other MLPs.
     """
+    model, origin = whole_model(model, "The drift of experts"), whole_model(origin, "The drift of experts")
     config = model.config
     facts = getattr(config, "upcycling", None)
     if not facts or "init" not in facts:

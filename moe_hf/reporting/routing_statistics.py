@@ -27,6 +27,7 @@ from moe_hf.reporting.token_groups import (
     token_classes,
     token_texts,
 )
+from moe_hf.unwrapping import unwrapped
 
 
 Batches = Iterable[Mapping[str, Any]]
@@ -71,6 +72,7 @@ def routing_statistics(
         MoEError: the model has no routers or one that cannot be read, no token was counted, a checkpoint to compare with
             does not fit; with `all_processes`, in all of them if in one.
     """
+    model, against, origin = (one if one is None else unwrapped(one) for one in (model, against, origin))
     domains = data if isinstance(data, Mapping) else {DEFAULT_DOMAIN: data}
     drift = () if origin is None else drift_from_origin(model, origin)
     counter = _Counter(model, tuple(domains), tokenizer, against, sample_tokens)

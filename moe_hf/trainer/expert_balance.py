@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.router_watch import ForwardPass
 from moe_hf.modeling.losses import sum_over_ranks
+from moe_hf.unwrapping import transformer_of
 
 
 BIAS = "e_score_correction_bias"
@@ -117,7 +118,7 @@ def start_counting(model: nn.Module) -> list[RemovableHandle]:
     Returns:
         The hooks' handles, for `stop_counting`.
     """
-    handles, forward = [], ForwardPass()
+    model, handles, forward = transformer_of(model), [], ForwardPass()
     for module in model.modules():
         # Not hasattr: adapters' wrappers pass on what the wrapped router has.
         if "step_counts" in vars(module):

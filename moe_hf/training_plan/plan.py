@@ -19,10 +19,11 @@ from moe_hf.finetuning import find_moe_blocks, scope_parameter_names
 from moe_hf.inspection import load_config
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.modeling_moe import MoEForCausalLM
-from moe_hf.planning import dense_on_meta
+from moe_hf.planning import INSTEAD, dense_on_meta
 from moe_hf.training_plan.layouts import LAYOUTS, PASSES, LayoutPlan, ModelSizes, model_sizes, plan_layout
 from moe_hf.training_plan.placement import LayerPlacement, TrafficPrices, propose
 from moe_hf.training_plan.step_memory import OPTIMIZERS, StepMemory, step_memory
+from moe_hf.unwrapping import path_of
 from moe_hf.upcycling.prepare import prepare
 
 
@@ -271,7 +272,7 @@ def _builder(
     config_fields: dict[str, Any],
 ) -> Callable[[], PreTrainedModel]:
     """What makes the MoE, in `dtype`."""
-    config = load_config(str(source))
+    config = load_config(str(path_of(source, INSTEAD)))
     if isinstance(config, MoEConfig):
         make = MoEForCausalLM._from_config
     else:

@@ -18,6 +18,7 @@ from moe_hf.errors import MoEError
 from moe_hf.modeling.router import Router
 from moe_hf.modeling.routing import wide
 from moe_hf.router_outputs import find_routers, real_choices
+from moe_hf.unwrapping import unwrapped
 from moe_hf.upcycling.router_init.entropy import mean_entropy
 from moe_hf.upcycling.router_init.hidden_states import check_token_ids
 
@@ -206,7 +207,7 @@ def probe_routing(
         MoEError: when the model has no routers, or the inputs are not token ids.
     """
     check_token_ids("inputs", input_ids)
-    recorder = RoutingRecorder()
+    moe, recorder = unwrapped(moe), RoutingRecorder()
     device = "cpu" if moe.device.type == "meta" else moe.device
     mask = None if attention_mask is None else attention_mask.to(device)
     was_training = moe.training

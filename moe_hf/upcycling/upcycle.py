@@ -18,6 +18,7 @@ from transformers import (
 from moe_hf.modeling.configuration_moe import MoEConfig, MoEError
 from moe_hf.modeling.dense_mlp import MLPSite
 from moe_hf.modeling.modeling_moe import MoEForCausalLM, MoEPreTrainedModel
+from moe_hf.unwrapping import whole_model
 from moe_hf.upcycling.fill import copy_other_weights, fill_blocks
 from moe_hf.upcycling.initialisers import Initialiser
 from moe_hf.upcycling.method import UpcyclingMethod
@@ -81,6 +82,7 @@ def upcycle(
     Raises:
         MoEError: for a source that is no dense decoder, or a result that should be exact and is not.
     """
+    dense = whole_model(dense, "Upcycling", or_path=True)
     ready = prepare(
         dense,
         _load_dense,
@@ -148,6 +150,7 @@ def check_result(
 
 
 def _load_dense(dense: PreTrainedModel | str | os.PathLike) -> tuple[str, PreTrainedModel]:
+    dense = whole_model(dense, "Upcycling", or_path=True)
     if isinstance(dense, PreTrainedModel):
         if isinstance(dense, MoEPreTrainedModel):
             raise MoEError(f"The source is a {type(dense).__name__}, which already has experts; give a dense model.")

@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moe_hf.errors import MoEError
 from moe_hf.modeling.routing_ids import example_ids
+from moe_hf.unwrapping import in_own_precision, unwrapped, whole_model
 from moe_hf.upcycling.on_disk.layerwise import load_layerwise
 
 
@@ -95,6 +96,7 @@ def verify(
     Raises:
         MoEError: when `inputs` are not token ids, or the vocabularies differ.
     """
+    dense, moe = (in_own_precision(unwrapped(model, or_path=True)) for model in (dense, moe))
     dense_config, config = _config_of(dense), _config_of(moe)
     if dense_config.vocab_size != config.vocab_size:
         raise MoEError(
@@ -152,7 +154,8 @@ def _opened(source: PreTrainedModel | str | Path, own_dtype: bool) -> Iterator[P
     if not isinstance(source, nn.Module):
         yield load_layerwise(source, None if own_dtype else torch.float32)
         return
-    model = source if own_dtype or source.dtype == torch.float32 else _float32_copy(source)
+    is_wide = own_dtype or source.dtype == torch.float32
+    model = source if is_wide else _float32_copy(whole_model(source, "Verifying a 16-bit model"))
     was_training = model.training
     model.eval()
     try:

@@ -15,6 +15,7 @@ from moe_hf.errors import MoEError
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.dense_mlp import MLPSite
 from moe_hf.modeling.routing import wide
+from moe_hf.unwrapping import unwrapped
 from moe_hf.upcycling.initialisers.base import DenseLayer, Initialiser, all_neurons
 from moe_hf.upcycling.recipes import ExpertRecipe
 
@@ -121,6 +122,7 @@ class Mix(Initialiser):
 
 def source_name(source: str | Path | PreTrainedModel) -> str:
     """What a checkpoint is called in metadata: its path or Hub id; of a model without one, its class."""
+    source = unwrapped(source, or_path=True)
     if isinstance(source, PreTrainedModel):
         return source.name_or_path or type(source).__name__
     return str(source)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from moe_hf.errors import MoEError
@@ -25,6 +24,7 @@ from moe_hf.modeling.dense_mlp import (
 from moe_hf.modeling.modeling_moe import MoEForCausalLM
 from moe_hf.modeling.moe_block import MoEBlock
 from moe_hf.modeling.routing import wide
+from moe_hf.unwrapping import unwrapped, whole_model
 from moe_hf.upcycling.recipes import random_generator
 
 
@@ -36,16 +36,17 @@ ROUTER = "gate.weight"
 ExpertSource = int | tuple[MoEForCausalLM, int] | PreTrainedModel
 
 
-def check_surgery_model(model: MoEForCausalLM) -> None:
-    """Refuse what is no whole `MoEForCausalLM` in memory.
+def surgery_model(model: MoEForCausalLM) -> MoEForCausalLM:
+    """The whole `MoEForCausalLM` in memory that a user gave.
 
     Raises:
-        MoEError: saying what it is.
+        MoEError: saying what it is instead.
     """
+    model = whole_model(model, "Surgery")
     if not isinstance(model, MoEForCausalLM):
         raise MoEError(
-            f"The model is a {type(model).__name__}; it must be a MoEForCausalLM of moe_hf. Unwrap or merge adapters first, "
-            "and load checkpoints with moe_hf imported and without trust_remote_code."
+            f"The model is a {type(model).__name__}; it must be a MoEForCausalLM of moe_hf. Load checkpoints with moe_hf "
+            "imported and without trust_remote_code."
         )
     config = model.config
     more = [field for field in beyond_plain_blocks(config) if not field.startswith("router_type")]
@@ -57,9 +58,9 @@ def check_surgery_model(model: MoEForCausalLM) -> None:
             "these operations do not move along."
         )
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or isinstance(parameter, DTensor):
-            where = "offloaded" if parameter.is_meta else "spread over processes"
-            raise MoEError(f"{name} is {where}: load the whole model on one device first.")
+        if parameter.is_meta:
+            raise MoEError(f"{name} is offloaded: load the whole model on one device first.")
+    return model
 
 
 def moe_layers(model: MoEForCausalLM) -> list[tuple[MLPSite, MoEBlock]]:
@@ -92,6 +93,7 @@ def source_name(source: ExpertSource) -> str:
     if isinstance(source, int):
         return f"expert {source}"
     model, suffix = (source[0], f", expert {source[1]}") if isinstance(source, tuple) else (source, "")
+    model = unwrapped(model)
     return f"{model.name_or_path or type(model).__name__}{suffix}"
 
 
@@ -114,12 +116,12 @@ def _pools_of_source(model: MoEForCausalLM, source: ExpertSource) -> list[Pool]:
         (expert,) = checked_ids([source], model.config.num_experts)
         return [_picked(block, expert) for _, block in moe_layers(model)]
     if isinstance(source, tuple) and len(source) == 2:
-        check_surgery_model(source[0])
-        (expert,) = checked_ids([source[1]], source[0].config.num_experts)
-        layers = moe_layers(source[0])
+        other = surgery_model(source[0])
+        (expert,) = checked_ids([source[1]], other.config.num_experts)
+        layers = moe_layers(other)
         found = [(site, _picked(block, expert), block.experts.act_fn) for site, block in layers]
-    elif isinstance(source, PreTrainedModel) and not isinstance(source, MoEForCausalLM):
-        found = _dense_experts(source, model)
+    elif isinstance(source, nn.Module) and not isinstance(dense := whole_model(source, "Surgery"), MoEForCausalLM):
+        found = _dense_experts(dense, model)
     else:
         raise MoEError(
             f"{source!r} is no source of an expert; give an id, (moe, id), or a dense model. An expert of a MoE needs its id."

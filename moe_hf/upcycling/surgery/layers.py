@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from moe_hf.errors import MoEError
 from moe_hf.modeling.modeling_moe import MoEForCausalLM
+from moe_hf.unwrapping import whole_model
 from moe_hf.upcycling.verification import EXACT_TOLERANCE, relative_error
 
 
@@ -34,6 +35,7 @@ def drop_layers(model: MoEForCausalLM, layers: int | Sequence[int]) -> MoEForCau
 
     Source: Mixture-of-Students, DeepSpeed-MoE section 4.3 (https://huggingface.co/papers/2201.05596).
     """
+    model = whole_model(model, "Dropping layers")
     if not isinstance(model, MoEForCausalLM):
         raise MoEError(f"The model is a {type(model).__name__}; it must be a MoEForCausalLM of moe_hf.")
     container = _layer_container(model)

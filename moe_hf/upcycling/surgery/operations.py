@@ -23,12 +23,12 @@ from moe_hf.upcycling.surgery.expert_pools import (
     ExpertSource,
     Pool,
     RouterRows,
-    check_surgery_model,
     checked_ids,
     moe_layers,
     pool_of,
     pools_of_sources,
     source_name,
+    surgery_model,
 )
 from moe_hf.upcycling.verification import EXACT_TOLERANCE, VerificationResult, verify
 
@@ -68,7 +68,7 @@ def add_experts(
 
     Source: DEMix layers, which add an expert per new domain (https://huggingface.co/papers/2108.05036).
     """
-    check_surgery_model(model)
+    model = surgery_model(model)
     if not sources:
         raise MoEError("sources is empty: name at least one expert to add.")
     rows = RouterRows(router_rows, router_noise, seed, allowed=("source", "normal"))
@@ -101,7 +101,7 @@ def remove_experts(
     Raises:
         MoEError: for ids that do not exist, layers that would keep different numbers, or too few experts left.
     """
-    check_surgery_model(model)
+    model = surgery_model(model)
     layers = [site.layer_index for site, _ in moe_layers(model)]
     if not isinstance(experts, Mapping):
         experts = dict.fromkeys(layers, list(experts))
@@ -144,7 +144,7 @@ def replace_experts(
     Raises:
         MoEError: for an id that does not exist, or a source that does not fit.
     """
-    check_surgery_model(model)
+    model = surgery_model(model)
     if not sources:
         raise MoEError("sources is empty: name at least one expert to replace.")
     total = model.config.num_experts
@@ -197,7 +197,7 @@ def grow_experts(
     Source: expert upcycling (https://huggingface.co/papers/2604.19835) with K held fixed; the exact form follows from the
         weights of equal router rows, the noise is Net2Net's (https://huggingface.co/papers/1511.05641) made to cancel.
     """
-    check_surgery_model(model)
+    model = surgery_model(model)
     if copies < 2:
         raise MoEError(f"copies is {copies}; it must be at least 2.")
     if not 0 <= noise < float("inf"):

@@ -29,7 +29,7 @@ from moe_hf.modeling.modeling_moe import MoEForCausalLM
 from moe_hf.modeling.moe_block import MoEBlock
 from moe_hf.upcycling.fill import check_same_names, outside_mlps
 from moe_hf.upcycling.recipes import dense_pieces
-from moe_hf.upcycling.surgery.expert_pools import check_surgery_model, moe_layers
+from moe_hf.upcycling.surgery.expert_pools import moe_layers, surgery_model
 
 
 METHODS = ("average", "expert", "merged")
@@ -85,7 +85,7 @@ def to_dense(
     Raises:
         MoEError: for weights that must be measured, or an MLP that the family has no place for.
     """
-    check_surgery_model(model)
+    model = surgery_model(model)
     _check_choice(model, method, expert)
     layers = {}
     for (site, block), weights in zip(moe_layers(model), _weights(model, usage, inputs), strict=True):
