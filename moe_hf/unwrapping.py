@@ -6,6 +6,7 @@ Every function that takes a model begins here, so that all of them take the same
 import copy
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -20,12 +21,18 @@ from moe_hf.kernels import is_replaced, stored_experts_forward
 
 def transformer_of(model: nn.Module) -> nn.Module:
     """What is inside `model`'s wrappers, whatever they have made of its parameters: to put hooks on, not to read weights."""
-    while (inside := _inside(model)) is not None:
-        model = inside
-    return model
+    *_, innermost = with_inside(model)
+    return innermost
 
 
-def unwrapped(model: Any, *, or_path: bool = False, changes_parameters: bool = False) -> Any:
+def with_inside(model: nn.Module) -> Iterator[nn.Module]:
+    """`model`, and what is inside each of its wrappers, from the outside in."""
+    while model is not None:
+        yield model
+        model = _inside(model)
+
+
+def unwrapped(model: Any, *, or_path: bool = False, changes_parameters: bool = False, keep_peft: bool = False) -> Any:
     """The model of transformers inside what wraps it; the adapters of a PeftModel stay in their places in it.
 
     Takes off `torch.compile`, `DataParallel`, `DistributedDataParallel`, DeepSpeed's engine, and PEFT, in any order. What
@@ -37,6 +44,7 @@ def unwrapped(model: Any, *, or_path: bool = False, changes_parameters: bool = F
             a caller would take for a path otherwise.
         changes_parameters (`bool`): the caller adds, removes or freezes parameters, which DistributedDataParallel and
             DeepSpeed have taken hold of.
+        keep_peft (`bool`): a PeftModel is given back as it is, to be saved with its adapters.
 
     Raises:
         MoEError: there is no plain model inside: FSDP1 has made its parameters flat, a prompt of PEFT is beside the model, a
@@ -47,7 +55,7 @@ def unwrapped(model: Any, *, or_path: bool = False, changes_parameters: bool = F
     if not isinstance(model, nn.Module):
         path = ", or its folder or Hub id" if or_path else ""
         raise MoEError(f"{model!r:.80} of type {type(model).__name__} was given: give the model itself{path}.")
-    while (inside := _inside(model)) is not None:
+    while (inside := _inside(model)) is not None and not (keep_peft and is_peft_model(model)):
         if changes_parameters and _holds_parameters(model):
             raise MoEError(
                 f"The model is wrapped in {type(model).__name__} already, which has decided which gradients it waits for. "
@@ -121,6 +129,11 @@ def in_own_precision(model: Any) -> Any:
     return model
 
 
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether PEFT is wrapped around `model`; adapters that are in place without a wrapper are found by `has_peft_layers`."""
+    return _is(model, "peft.peft_model", "PeftModel")
+
+
 def path_of(source: Any, instead: str) -> str | os.PathLike:
     """`source`, a folder or a Hub id; a model is refused.
 
@@ -155,7 +168,7 @@ def _inside(model: nn.Module) -> nn.Module | None:
         return model.module
     if _is_prompt(model):
         return model.base_model
-    is_peft = _is(model, "peft.peft_model", "PeftModel") or _is(model, "peft.mixed_model", "PeftMixedModel")
+    is_peft = is_peft_model(model) or _is(model, "peft.mixed_model", "PeftMixedModel")
     return model.base_model.model if is_peft else None
 
 
@@ -164,7 +177,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _is_prompt(model: nn.Module) -> bool:
-    return _is(model, "peft.peft_model", "PeftModel") and model.active_peft_config.is_prompt_learning
+    return is_peft_model(model) and model.active_peft_config.is_prompt_learning
 
 
 def _holds_parameters(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from moe_hf.finetuning.lora_files import load_expert_lora, save_expert_lora
 from moe_hf.finetuning.moe_blocks import find_moe_blocks
 from moe_hf.finetuning.scopes import SCOPES, ScopeReport, apply_scope, scope_parameter_names
 from moe_hf.finetuning.selected_experts import merge_selected_experts
+from moe_hf.finetuning.trained_files import load_trained, save_trained
 
 
 __all__ = [
@@ -29,12 +30,14 @@ __all__ = [
     "find_moe_blocks",
     "load_expert_deltas",
     "load_expert_lora",
+    "load_trained",
     "lora_adapters",
     "merge_expert_lora",
     "merge_selected_experts",
     "remove_expert_lora",
     "save_expert_deltas",
     "save_expert_lora",
+    "save_trained",
     "scope_parameter_names",
     "score_experts",
     "select_experts",

@@ -14,6 +14,7 @@ from moe_hf.finetuning.lora_config import ExpertLoraConfig
 from moe_hf.finetuning.lora_projection import DoraProjection, LoraProjection, adapter_dtype
 from moe_hf.finetuning.lora_sharding import ExpertPlacement, is_sharded, local, placement_of, whole
 from moe_hf.finetuning.moe_blocks import experts_in, find_moe_blocks, return_to_shards
+from moe_hf.finetuning.save_guard import guard_saving
 from moe_hf.kernels import (
     LinearMap,
     base_map,
@@ -148,6 +149,7 @@ def add_expert_lora(model: nn.Module, config: ExpertLoraConfig) -> nn.Module:
         experts = blocks[name].experts
         experts.add_module(CHILD, adapter)
         run_in_place_of(experts, expert_lora_forward)
+    guard_saving(given)
     return given
 
 

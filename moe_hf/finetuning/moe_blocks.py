@@ -5,6 +5,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 
+# Added to an expert's score when experts are chosen; a buffer or a frozen parameter, moved without gradients.
+CORRECTION_BIAS = "e_score_correction_bias"
+
+
 def find_moe_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that have a child `experts` whose matrices are stacked over experts, by name."""
     return {name: module for name, module in model.named_modules() if _holds_experts(module)}

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.expert_selection import ExpertSelection
 from moe_hf.finetuning.moe_blocks import find_moe_blocks, return_to_shards, whole_shape
+from moe_hf.finetuning.save_guard import guard_saving
 from moe_hf.finetuning.selected_experts import (
     merge_selected_experts,
     selected_parameter_names,
@@ -25,6 +27,8 @@ from moe_hf.finetuning.selected_experts import (
 from moe_hf.modeling.dense_mlp import MLP_ATTRIBUTES, PROJECTIONS
 from moe_hf.unwrapping import unwrapped
 
+
+logger = logging.get_logger(__name__)
 
 SCOPES = {
     "moe": "routed experts, shared experts and router of each MoE block",
@@ -84,7 +88,7 @@ def apply_scope(
             wrapped in DistributedDataParallel, which has decided which gradients it waits for; the model is then
             unchanged.
     """
-    model = unwrapped(model, changes_parameters=True)
+    given, model = model, unwrapped(model, changes_parameters=True)
     _check_scope(scope)
     if (scope == "selected") != (expert_selection is not None):
         raise MoEError(
@@ -92,6 +96,7 @@ def apply_scope(
             f"{{layer: [ids]}}; other scopes take none. Given: scope {scope!r}, expert_selection {expert_selection!r}."
         )
     return_to_shards(model)
+    adapters = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
     if scope == "selected":
         selection = ExpertSelection.load(expert_selection)
         # Names that do not match are found before anything is changed.
@@ -107,6 +112,12 @@ def apply_scope(
         parameter.requires_grad_(name in wanted)
         if name in wanted and master_dtype is not None and parameter.dtype != master_dtype:
             parameter.data = parameter.data.to(master_dtype)
+    if not all(parameter.requires_grad for parameter in adapters):
+        logger.warning(
+            f"Adapters that trained are outside the scope {scope!r} and are frozen now, as they are. To train them too, free "
+            "them by hand afterwards; to train them alone, choose no scope."
+        )
+    guard_saving(given)
     return report_scope(model, scope)
 
 

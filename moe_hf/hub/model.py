@@ -14,11 +14,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
+from moe_hf.finetuning.model_to_save import model_to_save
+from moe_hf.finetuning.trained_tensors import inner_model
 from moe_hf.hub.account import final_card, open_repository, preflight_account
 from moe_hf.hub.contents import files_to_push, refuse_secrets
 from moe_hf.hub.transfer import commit_files
 from moe_hf.reporting.card import hub_id, model_card
 from moe_hf.saving import atomic_folder
+from moe_hf.unwrapping import unwrapped
 
 
 logger = logging.get_logger(__name__)
@@ -47,8 +50,9 @@ def save_model(
         `MoEError`: the folder exists or cannot be written, the tokenizer has more tokens than the model, or a fact has
             no place in the card; nothing is left behind.
     """
+    model = unwrapped(model, keep_peft=True)
     check_vocabulary(model, tokenizer)
-    card = model_card(model, card_facts=card_facts, has_tokenizer=tokenizer is not None)
+    card = model_card(inner_model(model), card_facts=card_facts, has_tokenizer=tokenizer is not None)
     with atomic_folder(output_dir) as folder:
         _write_files(folder, model, tokenizer, card, save_kwargs)
     return Path(output_dir)
@@ -99,6 +103,7 @@ def push_model(
         `MoEError`: a bad name, no or a wrong token, no right to write, `private=True` on a public repository, a bad
             card, or a transfer that failed.
     """
+    model = unwrapped(model, keep_peft=True)
     api = HfApi(token=token)
     repo_id = preflight_account(api, repo_id)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -107,12 +112,15 @@ def push_model(
         tokenizer = _find_tokenizer(model)
     tokenizer = tokenizer or None
     # Before the repository is made, so that a bad fact leaves no empty one behind.
-    card = model_card(model, repo_id=repo_id, card_facts=card_facts, has_tokenizer=tokenizer is not None)
+    card = model_card(inner_model(model), repo_id=repo_id, card_facts=card_facts, has_tokenizer=tokenizer is not None)
     open_repository(api, repo_id, private=private, revision=revision, create_pr=create_pr)
-    card = final_card(api, repo_id, revision, card, [*(model.model_tags or []), *(tags or [])], overwrite_card)
+    card = final_card(
+        api, repo_id, revision, card, [*(inner_model(model).model_tags or []), *(tags or [])], overwrite_card
+    )
     with tempfile.TemporaryDirectory() as folder:
         _write_files(Path(folder), model, tokenizer, card, {"max_shard_size": max_shard_size})
-        shorten_local_source(Path(folder) / "config.json")
+        if (Path(folder) / "config.json").is_file():
+            shorten_local_source(Path(folder) / "config.json")
         files, _ = files_to_push(Path(folder))
         refuse_secrets(files, api.token if isinstance(api.token, str) else get_token())
         return commit_files(
@@ -133,7 +141,8 @@ def _write_files(
     card: ModelCard,
     save_kwargs: dict[str, Any],
 ) -> None:
-    model.save_pretrained(folder, **save_kwargs)
+    with model_to_save(model) as saved:
+        saved.save_pretrained(folder, **save_kwargs)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     card.save(folder / "README.md")

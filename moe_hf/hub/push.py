@@ -1,4 +1,4 @@
-"""Push a folder: a model as it is or as a native MoE of transformers, adapters of experts, or what training changed."""
+"""Push a folder: a model as it is or as a native MoE of transformers, adapters of experts, or trained parameters."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from moe_hf.checksums import safetensors_header
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.expert_deltas import DELTAS_NAME
 from moe_hf.finetuning.lora_files import LORA_NAME, PEFT_CONFIG
+from moe_hf.finetuning.trained_files import TRAINED_NAME
 from moe_hf.hub.account import check_repo_id, final_card, open_repository, preflight_account
 from moe_hf.hub.contents import files_to_push, refuse_secrets
 from moe_hf.hub.model import shorten_local_source
@@ -32,6 +33,7 @@ logger = logging.get_logger(__name__)
 
 # What a folder is, by a file that it has; the first one counts.
 KINDS = {
+    "trained parameters": TRAINED_NAME,
     "expert deltas": DELTAS_NAME,
     "adapters of experts": LORA_NAME,
     "adapters of PEFT": PEFT_CONFIG,
@@ -174,7 +176,8 @@ def _card_of_parts(folder: Path, kind: str, repo_id: str, facts: dict[str, Any])
     data = ModelCardData(
         base_model=base, base_model_relation="adapter" if base else None, library_name=library, tags=tags, **facts
     )
-    name, load = repo_id.rpartition("/")[2], "load_expert_deltas" if kind == "expert deltas" else "load_expert_lora"
+    name = repo_id.rpartition("/")[2]
+    load = {"expert deltas": "load_expert_deltas", "trained parameters": "load_trained"}.get(kind, "load_expert_lora")
     return ModelCard(f"""---
 {data.to_yaml()}
 ---

@@ -32,4 +32,9 @@ def _push(model: MoEPreTrainedModel, repo_id: str, **kwargs):
     return import_module("moe_hf.hub").push_model(model, repo_id, **kwargs)
 
 
+def _check_save(model: MoEPreTrainedModel) -> None:
+    import_module("moe_hf.finetuning.model_to_save").check_save(model)
+
+
 MoEPreTrainedModel.push_hook = _push
+MoEPreTrainedModel.save_check = _check_save

@@ -72,6 +72,8 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
     # Called as `push_hook(model, repo_id, **kwargs)` in place of transformers' push. The installed package sets it, to
     # push tokenizer and card along; code that travelled with a checkpoint does without.
     push_hook = None
+    # Called as `save_check(model)` before a save, likewise: it refuses to lose what trains.
+    save_check = None
 
     def __new__(cls, config=None, *args, **kwargs):
         if cls._dense_class is None:
@@ -173,6 +175,8 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the code that defines the model goes along, for all Auto classes."""
+        if (check := MoEPreTrainedModel.save_check) is not None:
+            check(self)
         self.config.auto_map = {
             "AutoConfig": "configuration_moe.MoEConfig",
             "AutoModel": "modeling_moe.MoEModel",

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
-from moe_hf.finetuning.expert_deltas import DELTAS_NAME, load_expert_deltas
-from moe_hf.finetuning.lora_files import LORA_NAME, load_expert_lora
+from moe_hf.finetuning.trained_files import holds_trained, load_trained
+from moe_hf.finetuning.trained_tensors import plain_class
 from moe_hf.saving import check_shard_index, publish_folder, temporary_sibling, verify_manifest
 from moe_hf.trainer.layouts import is_sharded
 from moe_hf.trainer.optimizer_states import has_state
@@ -88,11 +87,6 @@ def choose_checkpoint(output_dir: str | Path, resume: str | bool | None) -> str 
     return str(folder)
 
 
-def plain_class(model: nn.Module) -> type:
-    """The class of a model without what `fully_shard` adds to it."""
-    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
-
-
 def read_weights(model: PreTrainedModel, folder: str | Path, **kwargs) -> PreTrainedModel:
     """A second model with the weights in `folder`, through the conversion that `from_pretrained` does.
 
@@ -134,21 +128,18 @@ def read_weights(model: PreTrainedModel, folder: str | Path, **kwargs) -> PreTra
 
 
 def load_part_(model: nn.Module, folder: str | Path) -> bool:
-    """Load a checkpoint that has the trained part alone: chosen experts, or adapters of experts.
+    """Load a checkpoint that has what trains alone, as `save_trained` writes it.
 
     Returns:
         whether it is one; all processes call it.
 
     Raises:
-        MoEError: it belongs to another base model or another choice of experts.
+        MoEError: it belongs to another base model, other adapters or another choice of experts.
     """
-    if (Path(folder) / DELTAS_NAME).is_file():
-        load_expert_deltas(model, folder)
-        return True
-    if (Path(folder) / LORA_NAME).is_file():
-        load_expert_lora(model, folder)
-        return True
-    return False
+    if not holds_trained(folder):
+        return False
+    load_trained(model, folder)
+    return True
 
 
 def load_weights_(model: PreTrainedModel, folder: str | Path) -> None:

@@ -22,12 +22,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from moe_hf.errors import MoEError
+from moe_hf.finetuning.moe_blocks import CORRECTION_BIAS as BIAS
 from moe_hf.finetuning.router_watch import ForwardPass
 from moe_hf.modeling.losses import sum_over_ranks
 from moe_hf.unwrapping import transformer_of
 
 
-BIAS = "e_score_correction_bias"
 UPDATE_RATE = 1e-3
 
 

@@ -1,7 +1,7 @@
 """`MoETrainer`: transformers' Trainer with checkpoints that can be trusted and losses that a MoE needs."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
-from moe_hf.finetuning.expert_deltas import DELTAS_NAME, save_expert_deltas
-from moe_hf.finetuning.expert_lora import add_expert_lora, lora_adapters, merge_expert_lora, unmerge_expert_lora
+from moe_hf.finetuning.expert_lora import add_expert_lora, lora_adapters
 from moe_hf.finetuning.lora_config import ExpertLoraConfig
-from moe_hf.finetuning.lora_files import LORA_NAME, save_expert_lora
 from moe_hf.finetuning.lora_sharding import is_sharded as experts_are_sharded
+from moe_hf.finetuning.model_to_save import model_to_save
+from moe_hf.finetuning.save_guard import guard_saving
 from moe_hf.finetuning.scopes import ScopeReport, apply_scope, report_scope, scope_parameter_names
+from moe_hf.finetuning.trained_tensors import has_peft, inner_model
 from moe_hf.hub import push_model
 from moe_hf.kernels import has_stored
 from moe_hf.reporting.card import model_card
@@ -46,6 +47,8 @@ class MoETrainer(StepTrainer, ResumableTrainer):
       With adapters of experts (the scope `expert_lora`, or `add_expert_lora` before) checkpoints hold these
       (`expert_lora.safetensors`), and `save_model` writes the whole model, merged, with the adapters beside it; the
       adapters alone where experts are sharded.
+    - With adapters of PEFT checkpoints and `save_model` are PEFT's where these alone train. What else trains is never left
+      out: checkpoints then hold all of it by name (`save_trained`), and `save_model` writes the whole model, merged.
     - Checkpoints appear whole, with a manifest of checksums, or not at all; resuming takes the newest one that is
       whole, says which, and loads every weight or refuses. `Trainer` loses the experts of a checkpoint that stores
       them one by one.
@@ -106,6 +109,7 @@ class MoETrainer(StepTrainer, ResumableTrainer):
             args.ddp_find_unused_parameters = False
         _make_dtypes_alike(model, args)
         super().__init__(model=model, args=args, **kwargs)
+        guard_saving(self._unwrapped())
         if self.scope_report is not None and self.is_world_process_zero():
             print(self.scope_report)
 
@@ -134,20 +138,19 @@ class MoETrainer(StepTrainer, ResumableTrainer):
             return
         destination = output_dir or Path(self.args.output_dir) / FINAL_FOLDER
         with self._folder(destination) as folder, self._given_dtypes_restored():
-            has_adapters, in_parts = bool(lora_adapters(self._unwrapped())), is_sharded(self.model)
-            if has_adapters:
-                self._save_lora(folder)
-            model = self._unwrapped()
-            # Adapters of experts that are spread over processes, or quantized, are merged on a whole model, later.
-            merges_later = has_adapters and (experts_are_sharded(model) or has_stored(model))
+            model, in_parts = self._unwrapped(), is_sharded(self.model)
+            has_adapters = has_peft(model) or bool(lora_adapters(model))
+            # Adapters of weights that are spread over processes, or quantized, are merged on a whole model, later.
+            merges_later = has_adapters and (in_parts or experts_are_sharded(model) or has_stored(model))
+            if merges_later or (lora_adapters(model) and not has_peft(model)):
+                self._save_trained(folder)
             if in_parts and not has_adapters:
                 self._save_gathered(folder)
-            elif not in_parts and not merges_later:
-                with self._adapters_merged():
-                    super().save_model(str(folder), _internal_call=True)
+            elif not merges_later:
+                self._save_merged(folder)
             if self.args.should_save:
                 has_tokenizer = self.processing_class is not None
-                card = model_card(self._unwrapped(), card_facts=self._card_facts(), has_tokenizer=has_tokenizer)
+                card = model_card(inner_model(model), card_facts=self._card_facts(), has_tokenizer=has_tokenizer)
                 card.save(folder / "README.md")
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save")
@@ -170,7 +173,7 @@ class MoETrainer(StepTrainer, ResumableTrainer):
         if not self.is_world_process_zero():
             return None
         at_hand = weights_at_hand(self._unwrapped(), weights)
-        with self._given_dtypes_restored(), self._adapters_merged(), at_hand:
+        with self._given_dtypes_restored(), at_hand:
             return push_model(
                 self._unwrapped(),
                 self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
@@ -181,6 +184,17 @@ class MoETrainer(StepTrainer, ResumableTrainer):
                 revision=revision or self.args.hub_revision,
                 **{"card_facts": self._card_facts(), **kwargs},
             )
+
+    def _save_merged(self, folder: Path) -> None:
+        """Write the model whole, or adapters of PEFT where these alone train."""
+        model = self._unwrapped()
+        with model_to_save(model) as saved:
+            if saved is model:
+                super().save_model(str(folder), _internal_call=True)
+            elif self.args.should_save:
+                saved.save_pretrained(folder)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(folder)
 
     def _card_facts(self) -> dict[str, Any]:
         """What the card says about the run, once it has trained."""
@@ -222,48 +236,6 @@ class MoETrainer(StepTrainer, ResumableTrainer):
         finally:
             for parameter, data in masters.items():
                 parameter.data = data
-
-    @contextmanager
-    def _adapters_merged(self) -> Iterator[None]:
-        """Add adapters of experts to the weights, for the time of a save."""
-        model = self._unwrapped()
-        if not lora_adapters(model):
-            yield
-            return
-        merge_expert_lora(model)
-        try:
-            yield
-        finally:
-            unmerge_expert_lora(model)
-
-    def _trains_selected(self) -> bool:
-        return self.scope_report is not None and self.scope_report.scope == "selected"
-
-    def _save_deltas(self, folder: Path) -> None:
-        if self.args.should_save:
-            save_expert_deltas(self._unwrapped(), folder / DELTAS_NAME)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-
-    def _save_lora(self, folder: Path) -> None:
-        # Every process takes part: adapters of other processes' experts are gathered.
-        save_expert_lora(self._unwrapped(), folder)
-        if self.args.should_save and self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-
-    def _part_writer(self) -> Callable[[Path], None] | None:
-        if self._trains_selected():
-            return self._save_deltas
-        return self._save_lora if lora_adapters(self._unwrapped()) else None
-
-    def _load_whole(self, folder: str) -> None:
-        if (Path(folder) / DELTAS_NAME).is_file() != self._trains_selected():
-            other = "another scope than selected" if self._trains_selected() else "the scope selected"
-            raise MoEError(f"{folder} is of a run with {other}. Resume with the scope that it had.")
-        if (Path(folder) / LORA_NAME).is_file() != bool(lora_adapters(self._unwrapped())):
-            other = "without" if lora_adapters(self._unwrapped()) else "with"
-            raise MoEError(f"{folder} is of a run {other} adapters of experts. Resume as it was.")
-        super()._load_whole(folder)
 
 
 def _refuse_selected_in_shards(model: nn.Module, args: MoETrainingArguments) -> None:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._pytree import tree_map
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.distributed.utils import gather_full_state_dict
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.expert_lora import lora_adapters
+from moe_hf.finetuning.trained_files import needs_parts, refuse_other_parts, save_trained
 from moe_hf.trainer import optimizer_states
 from moe_hf.trainer.checkpoint_writer import CheckpointWriter, Write, together
 from moe_hf.trainer.checkpoints import (
@@ -29,7 +30,6 @@ from moe_hf.trainer.checkpoints import (
     load_part_,
     load_shards_,
     load_weights_,
-    plain_class,
     prepare_folder,
     publish,
     read_weights,
@@ -37,6 +37,7 @@ from moe_hf.trainer.checkpoints import (
     shared_folder,
     weights_at_hand,
 )
+from moe_hf.trainer.deepspeed import zero_stage
 from moe_hf.trainer.layouts import check_launch, describe_layout, is_sharded, layout_of, place
 
 
@@ -185,19 +186,20 @@ class ResumableTrainer(Trainer):
 
     def _weights_write(self, folder: Path) -> Write:
         """What writes the model, from weights that later steps do not change where that happens beside them."""
-        part = self._part_writer()
-        if part is not None:
-            # Small: written in step with training.
-            together(partial(part, folder))
+        if zero_stage(self.args) < 3 and needs_parts(self._unwrapped()):
+            # Mostly small: written in step with training.
+            together(partial(self._save_trained, folder))
             return lambda group: None
         if not (is_sharded(self.model) or self._writer.background):
             return lambda group: self.save_model(str(folder), _internal_call=True)
         weights = self._whole_weights(copied=self._writer.background)
         return lambda group: self._write_whole(weights, folder) if self.args.should_save else None
 
-    def _part_writer(self) -> Callable[[Path], None] | None:
-        """What writes the trained part alone, where a checkpoint has no more; all processes call it."""
-        return None
+    def _save_trained(self, folder: Path) -> None:
+        """Write what trains alone, and the tokenizer; all processes call it."""
+        save_trained(self._unwrapped(), folder)
+        if self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
 
     def _optimizer_write(self, folder: Path) -> Write:
         """What writes the optimizer's state, likewise."""
@@ -271,7 +273,7 @@ class ResumableTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._loads_whole():
+        if not self._reads_checkpoints():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         self._load_whole(resume_from_checkpoint)
@@ -279,7 +281,7 @@ class ResumableTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._writer.wait()
-        if not self._loads_whole():
+        if not self._reads_checkpoints():
             super()._load_best_model()
             return
         best = self.state.best_model_checkpoint
@@ -288,6 +290,7 @@ class ResumableTrainer(Trainer):
 
     def _load_whole(self, folder: str) -> None:
         model = self._unwrapped()
+        refuse_other_parts(model, folder)
         if load_part_(model, folder):
             return
         if layout_of(model) is not None:
@@ -299,9 +302,9 @@ class ResumableTrainer(Trainer):
         else:
             load_weights_(model, folder)
 
-    def _loads_whole(self) -> bool:
-        """Whether checkpoints hold a full model in `save_pretrained`'s form; DeepSpeed and PEFT have their own."""
-        return issubclass(plain_class(self._unwrapped()), PreTrainedModel) and not self.is_deepspeed_enabled
+    def _reads_checkpoints(self) -> bool:
+        """Whether a checkpoint is read here; DeepSpeed reads its own."""
+        return not self.is_deepspeed_enabled
 
     def _compare_runs(self, folder: Path) -> None:
         """Say it where this run is spread in another way than the one that is resumed."""

@@ -14,6 +14,7 @@ try:
 except ImportError as error:
     raise ImportError("Instruction and preference training use trl: pip install 'moe-hf[trl]'.") from error
 
+from moe_hf.errors import MoEError
 from moe_hf.trainer.arguments import FinetuneArguments
 from moe_hf.trainer.moe_trainer import MoETrainer
 
@@ -39,26 +40,34 @@ class MoEDPOConfig(FinetuneArguments, DPOConfig):
         DPOConfig.__post_init__(self)
 
 
-class _WithoutPooledLoss:
-    """Switches TRL's own router loss off, which is pooled over layers and enters beside ours."""
+class _InTRL:
+    """What differs in TRL's trainers: their own router loss is off, which is pooled over layers and enters beside ours, and
+    the adapters that they wrap around a model train alone.
+    """
 
     def __init__(self, model: PreTrainedModel, args, **kwargs) -> None:
+        if kwargs.get("peft_config") is not None and args.scope is not None:
+            raise MoEError(
+                f"peft_config and scope={args.scope!r} both say what trains: PEFT would freeze what the scope has freed. Set "
+                "scope=None to train the adapters of peft_config alone; or leave peft_config out, and for a scope beside "
+                "adapters give a model that get_peft_model has wrapped and whose parameters you have freed, with scope=None."
+            )
         super().__init__(model, args, **kwargs)
         self.aux_loss_enabled = False
         self.model.config.get_text_config().output_router_logits = False
 
 
-class MoESFTTrainer(_WithoutPooledLoss, MoETrainer, SFTTrainer):
+class MoESFTTrainer(_InTRL, MoETrainer, SFTTrainer):
     """`SFTTrainer` that is a `MoETrainer` too.
 
     Args:
         model (`PreTrainedModel`): a MoE of this package or of transformers, or a dense model.
-        args (`MoESFTConfig`): as TRL and `MoETrainer` read them.
+        args (`MoESFTConfig`): as TRL and `MoETrainer` read them; with `peft_config`, `scope` must be None.
         kwargs: as `SFTTrainer` takes them.
     """
 
 
-class MoEDPOTrainer(_WithoutPooledLoss, MoETrainer, DPOTrainer):
+class MoEDPOTrainer(_InTRL, MoETrainer, DPOTrainer):
     """`DPOTrainer` that is a `MoETrainer` too; the arguments are those of [`MoESFTTrainer`].
 
     Without `ref_model` the reference is a copy of the model as it is given, which need not have been saved anywhere.

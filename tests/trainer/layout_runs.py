@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import moe_hf
 from moe_hf import MoEError
 from moe_hf.finetuning.lora_files import LORA_NAME
 from moe_hf.trainer import MoETrainer
@@ -218,6 +220,40 @@ def lora(kind: str, mode: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def kept(mode: str, folder: Path) -> dict[str, Any]:
+    """Adapters of experts beside routers that were freed by hand, with DDP beside adapters of PEFT too: four steps, resumed."""
+    saves = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "scope": None}
+
+    def trainer(name: str) -> MoETrainer:
+        model = build("ours")
+        if mode == "ddp":
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+        else:
+            distribute(model, arguments(folder, **MODES[mode], use_cpu=True).layout())
+        moe_hf.add_expert_lora(model, moe_hf.ExpertLoraConfig(r=2))
+        for weight, parameter in model.named_parameters():
+            if weight.endswith("gate.weight"):
+                parameter.requires_grad_(True)
+        return trainer_of(model, folder / name, mode, **saves)
+
+    first, second = trainer("whole"), trainer("again")
+    start = {name: whole(p.detach()).clone() for name, p in first._unwrapped().named_parameters() if p.requires_grad}
+    first.train()
+    second.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
+    ends = [
+        {name: whole(p.detach()).clone() for name, p in t._unwrapped().named_parameters()} for t in (first, second)
+    ]
+    checkpoint = folder / "whole" / "checkpoint-2"
+    return {
+        "num_processes": first.accelerator.num_processes,
+        "moved": sorted(name for name, value in start.items() if not torch.equal(value, ends[0][name])),
+        "trains": sorted(start),
+        "weights": ends,
+        "files": sorted(path.name for path in checkpoint.glob("*.safetensors")),
+    }
+
+
 def upcycled(mode: str, folder: Path) -> float:
     """How far the logits of an upcycled model, distributed in memory without a trainer, are from the dense one's."""
     from moe_hf import upcycle
@@ -389,6 +425,7 @@ def all_cases() -> dict[str, Any]:
         cases[f"masters-{mode}"] = partial(masters, mode)
         cases[f"async-{mode}"] = partial(resume, "ours", mode, async_save=True)
     cases |= {f"lora-{mode}-{kind}": partial(lora, kind, mode) for mode in MODES if mode != "tp" for kind in KINDS}
+    cases |= {f"kept-{mode}": partial(kept, mode) for mode in ("ddp", "fsdp", "ep_fsdp")}
     cases |= {f"upcycled-{mode}": partial(upcycled, mode) for mode in MODES}
     cases["plugin"] = resume_with_plugin
     cases["async-ddp"] = partial(resume, "ours", "ddp", async_save=True)

@@ -56,7 +56,7 @@ def is_quick(case: str) -> bool:
         return where in QUICK
     if what in ("lora", "upcycled"):
         return what == "upcycled" or where in LORA_QUICK
-    return case in ("async-ddp", "reshard-ours") or what in ("parts", "evaluated", "refusals", "fails", "unclipped", "plugin") or (
+    return case in ("async-ddp", "reshard-ours") or what in ("kept", "parts", "evaluated", "refusals", "fails", "unclipped", "plugin") or (
         what != "reshard" and where in ("ep_fsdp", "tp")
     )  # fmt: skip
 
@@ -193,6 +193,16 @@ def test_adapters_of_experts_train_as_in_one_process_and_resume(case, cases, ada
     assert two["losses"][1] == two["losses"][0]
     assert bitwise(two["adapters_again"], two["adapters"])
     assert two["frozen_is_equal"] and "model.safetensors" not in two["files"]
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "ep_fsdp"])
+def test_what_trains_beside_adapters_is_in_the_checkpoint_of_each_layout(mode, cases):
+    found = cases[f"kept-{mode}"]
+    assert found["num_processes"] == 2
+    assert found["files"] == ["expert_lora.safetensors", "trained_parameters.safetensors"]
+    assert found["moved"] == found["trains"] and any(name.endswith("gate.weight") for name in found["moved"])
+    assert any("q_proj.lora_B" in name for name in found["moved"]) == (mode == "ddp")
+    assert bitwise(*found["weights"])
 
 
 def test_adapters_go_on_in_other_layouts_where_their_places_are_the_same(cases, adapted_alone, tmp_path):

@@ -91,7 +91,7 @@ def test_selection_is_read_from_a_file_and_misfits_are_refused(tmp_path):
         with pytest.raises(MoEError, match=message):
             train("ours", tmp_path / "other", resume=str(tmp_path / "run" / "checkpoint-3"), **fields)
     train("ours", tmp_path / "moe", scope="moe", expert_selection=None, max_steps=3)
-    with pytest.raises(MoEError, match="another scope"):
+    with pytest.raises(MoEError, match="without the scope selected"):
         train("ours", tmp_path / "other", resume=str(tmp_path / "moe" / "checkpoint-3"))
 
 
