@@ -27,6 +27,7 @@ from moe_hf.finetuning.moe_blocks import whole_shape
 from moe_hf.finetuning.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
 from moe_hf.finetuning.selected_experts import selected_modules
 from moe_hf.finetuning.trained_tensors import (
+    PEFT_PREFIX,
     has_peft,
     inner_model,
     lost_names,
@@ -193,7 +194,9 @@ def _load_peft(model: nn.Module, folder: Path) -> None:
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
             raise MoEError(f"{file} cannot be read as adapters of PEFT: {error}.") from error
-        strange = sorted(tensors.keys() ^ entries.keys())
+        # Embeddings that have adapters stand there too, frozen.
+        surplus = {e for e in tensors.keys() - entries.keys() if e.removeprefix(PEFT_PREFIX) not in own}
+        strange = sorted(surplus | (entries.keys() - tensors.keys()))
         strange += [e for e in entries if e in tensors and tensors[e].shape != own[entries[e]].shape]
         if strange:
             raise MoEError(f"The adapters in {file} are not the model's: they differ in {strange[0]}.")

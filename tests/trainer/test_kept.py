@@ -4,13 +4,14 @@ A cell holds if what is loaded again equals the model in memory, or if the refus
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 import moe_hf
 from moe_hf import MoEError
@@ -160,6 +161,31 @@ def test_the_trainer_of_transformers_keeps_it_or_is_refused_with_the_same_words(
         found = outputs(load(destination, state.save_pretrained, state, kind, folder / "base"))
         expected = outputs(trainer.model)
         assert (found - expected).abs().max() <= 1e-6 * expected.abs().max().clamp(min=1.0) * 4
+
+
+PEFT_KINDS = {
+    "parameters of experts": lambda: LoraConfig(r=2, target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+    "embeddings": lambda: LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]),
+    "single tokens": lambda: LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 4]),
+    "the prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "a router as a whole": lambda: LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["gate"]),
+}
+
+
+@pytest.mark.parametrize("what", PEFT_KINDS)
+def test_adapters_of_peft_of_any_kind_are_resumed_and_saved(what, tmp_path):
+    def prepare(model):
+        torch.manual_seed(0)
+        return get_peft_model(model, PEFT_KINDS[what]())
+
+    state = replace(STATES["peft"], prepare=prepare)
+    trainer = train(state, "ours", tmp_path / "base", tmp_path / "run")
+    equal(trainer.model, trainer.best)
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    equal(train(state, "ours", tmp_path / "base", tmp_path / "2", max_steps=1, resume=checkpoint).model, trainer.best)
+    trainer.save_model(str(tmp_path / "kept"))
+    again = load(tmp_path / "kept", PEFT, state, "ours", tmp_path / "base")
+    assert (outputs(again) - outputs(trainer.model)).abs().max() <= 1e-5
 
 
 def test_a_run_with_other_parts_does_not_resume(tmp_path):
