@@ -118,8 +118,9 @@ class UpcyclingPlan:
 def plan_upcycling(
     source: str | os.PathLike,
     *,
-    num_experts: int = 8,
-    num_experts_per_tok: int = 2,
+    num_experts: int | None = None,
+    num_experts_per_tok: int | None = None,
+    preset: str | None = None,
     init: str | Initialiser = "copy",
     router_init: str | RouterInit = "normal",
     noise: float = 0.0,
@@ -131,7 +132,7 @@ def plan_upcycling(
 
     Args:
         source (`str` or `os.PathLike`): a folder with a config.json, or a Hub id, of a dense model.
-        num_experts, num_experts_per_tok, init, router_init, noise, shared_share, seed, config_fields: as of `upcycle`.
+        num_experts, num_experts_per_tok, preset, init, router_init, noise, shared_share, seed, config_fields: as of `upcycle`.
 
     Raises:
         MoEError: for what `upcycle` would refuse without looking at the weights.
@@ -141,11 +142,13 @@ def plan_upcycling(
         lambda given: (str(path_of(given, INSTEAD)), dense_on_meta(str(given))),
         num_experts=num_experts,
         num_experts_per_tok=num_experts_per_tok,
+        preset=preset,
         init=init,
         router_init=router_init,
         noise=noise,
         shared_share=shared_share,
         seed=seed,
+        allow_inexact=True,  # the plan says it
         config_fields=config_fields,
     )
     method, config, dense, moe = ready.method, ready.config, ready.models[0], ready.moe

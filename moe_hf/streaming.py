@@ -46,8 +46,9 @@ def upcycle_checkpoint(
     source: str | os.PathLike,
     output_dir: str | os.PathLike,
     *,
-    num_experts: int = 8,
-    num_experts_per_tok: int = 2,
+    num_experts: int | None = None,
+    num_experts_per_tok: int | None = None,
+    preset: str | None = None,
     init: str | Initialiser = "copy",
     router_init: str | RouterInit = "normal",
     noise: float = 0.0,
@@ -71,8 +72,9 @@ def upcycle_checkpoint(
     Args:
         source (`str` or `os.PathLike`): a folder with a config and safetensors files, or a Hub id, which is fetched first.
         output_dir (`str` or `os.PathLike`): must not exist.
-        num_experts (`int`): E, experts per layer.
-        num_experts_per_tok (`int`): K, experts per token.
+        num_experts (`int`, *optional*): E, experts per layer; 8, or the preset's.
+        num_experts_per_tok (`int`, *optional*): K, experts per token; 2, or the preset's.
+        preset (`str`, *optional*): the MoE of a paper; see [`upcycle`].
         init, router_init, noise, shared_share, seed: how the experts and the routers start; see [`upcycle`].
         inputs (`torch.Tensor`, *optional*): token ids (B, S) of the user's data, for methods that look at what the dense
             model does on them.
@@ -85,7 +87,7 @@ def upcycle_checkpoint(
         restart (`bool`): throw away what an interrupted call with other arguments left.
         progress (`Callable`, *optional*): `progress(done, total)`, in bytes of weights; a progress bar with the time left
             if not given, unless transformers' progress bars are disabled.
-        **config_fields: further fields of [`MoEConfig`].
+        **config_fields: further fields of [`MoEConfig`]; see [`upcycle`].
 
     Returns:
         `pathlib.Path` of the folder.
@@ -101,11 +103,13 @@ def upcycle_checkpoint(
     arguments = {
         "num_experts": num_experts,
         "num_experts_per_tok": num_experts_per_tok,
+        "preset": preset,
         "init": init,
         "router_init": router_init,
         "noise": noise,
         "shared_share": shared_share,
         "seed": seed,
+        "allow_inexact": allow_inexact,
         "config_fields": config_fields,
     }
     with ExitStack() as stack:

@@ -94,6 +94,30 @@ def test_upcycle_takes_any_config_field_and_dtype(folders, tmp_path):
     assert config["dtype"] == "bfloat16"
 
 
+def test_upcycle_takes_a_preset_over_which_fields_win(folders, tmp_path):
+    result = run("upcycle", folders[0], tmp_path / "out", "--preset", "mixtral", "--num-experts", 2)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["num_experts"], config["router_aux_loss_coef"]) == (2, 0.002)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "router=top_p"], "no field 'router'; the nearest is 'router_type'"),
+        (["--set", "num_hidden_layers=7"], "keeps the dense model's num_hidden_layers"),
+        (["--set", "seed=7"], "the command has options of its own"),
+        (["--preset", "swich"], "Did you mean 'switch'"),
+        (["--preset", "switch"], "preset='switch' sets norm_topk_prob=False, num_experts_per_tok=1"),
+    ],
+)
+def test_names_and_values_that_cannot_act_are_refused_by_upcycle_and_write_nothing(
+    folders, tmp_path, options, message
+):
+    assert message in error_of(run("upcycle", folders[0], tmp_path / "out", *options))
+    assert not list(tmp_path.iterdir())
+
+
 def test_options_of_initialisers_are_recorded(folders, tmp_path):
     options = ("--init", "granular", "--init-set", "shards=2", "--init-set", "permute=true", "--shared-share", 0.25)
     options += (

@@ -23,7 +23,7 @@ PROGRAMS = [
 TRAVELLING = [path for path in sorted((PACKAGE / "modeling").glob("*.py")) if path.name != "__init__.py"]
 MODELING_ORDER = [
     "config_checks",
-    ("routing_ids", "presets", "index_names"),
+    ("config_fields", "routing_ids", "presets", "index_names"),
     "configuration_moe",
     ("routing", "dense_mlp", "routing_cache"),
     "dense_classes",

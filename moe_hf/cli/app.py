@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -160,4 +160,19 @@ def parse_assignments(option: str, assignments: list[str] | None) -> dict[str, A
             fields[name] = yaml.safe_load(value)
         except (yaml.YAMLError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise MoEError(f"{option} {name}: {value!r} cannot be read as a value: {error}") from error
+    return fields
+
+
+def parse_fields(assignments: list[str] | None, *takers: Callable) -> dict[str, Any]:
+    """What `--set` gives: fields of a configuration, and no arguments that `takers`, a command and what it calls, name."""
+    import inspect
+
+    from moe_hf.errors import MoEError
+
+    fields = parse_assignments("--set", assignments)
+    for name in fields:
+        if any(name in inspect.signature(taker).parameters for taker in takers):
+            raise MoEError(
+                f"--set is for fields of MoEConfig, and got {name}: the command has options of its own, see --help."
+            )
     return fields

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_hf.cli.app import parse_assignments, quiet_transformers, user_errors
+from moe_hf.cli.app import parse_fields, quiet_transformers, user_errors
 from moe_hf.cli.printing import bytes_text, print_rows
 
 
@@ -31,6 +31,7 @@ def plan(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A dense model or a MoE: a folder or a Hub id.")],
     num_experts: Annotated[int | None, typer.Option("--experts", help="Of a dense source; 8 if not given.")] = None,
     num_experts_per_tok: Annotated[int | None, typer.Option(help="Of a dense source; 2 if not given.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Of a dense source, the MoE of a paper.")] = None,
     scope: Annotated[str, typer.Option(help="What trains: moe, experts, all, ...")] = "moe",
     optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
     dtype: Annotated[str, typer.Option(help="bf16 or fp32, of frozen weights and arithmetic.")] = "bf16",
@@ -51,7 +52,7 @@ def plan(
 ) -> None:
     """Show memory and traffic of a training step per GPU and layout; only the model's config is read."""
     with user_errors():
-        chosen = parse_assignments("--set", fields)
+        chosen = parse_fields(fields, plan)
         from moe_hf.training_plan import plan_training
 
         with quiet_transformers():
@@ -59,6 +60,7 @@ def plan(
                 source,
                 num_experts=num_experts,
                 num_experts_per_tok=num_experts_per_tok,
+                preset=preset,
                 scope=scope,
                 optimizer=optimizer,
                 dtype=dtype,

@@ -12,6 +12,7 @@ from moe_hf.cli.app import (
     load_model,
     load_tokenizer,
     parse_assignments,
+    parse_fields,
     quiet_transformers,
     read_token_ids,
     refuse_existing,
@@ -28,8 +29,9 @@ Source = Annotated[str, typer.Argument(metavar="SRC", help="The dense model: a f
 Destination = Annotated[
     Path | None, typer.Argument(metavar="DST", help="The MoE's folder; must not exist. Not needed with --dry-run.")
 ]
-NumExperts = Annotated[int, typer.Option(help="Experts per layer.")]
-NumExpertsPerTok = Annotated[int, typer.Option(help="Experts that each token uses.")]
+NumExperts = Annotated[int | None, typer.Option(help="Experts per layer; 8, or the preset's.")]
+NumExpertsPerTok = Annotated[int | None, typer.Option(help="Experts that each token uses; 2, or the preset's.")]
+Preset = Annotated[str | None, typer.Option(help="The MoE of a paper, such as mixtral or switch; --set wins over it.")]
 Init = Annotated[str, typer.Option(help="How the experts start: copy, drop, permute, granular, split or mix.")]
 InitOptions = Annotated[
     list[str] | None, typer.Option("--init-set", metavar="OPTION=VALUE", help="An option of --init; repeatable.")
@@ -71,8 +73,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def upcycle(
     source: Source,
     destination: Destination = None,
-    num_experts: NumExperts = 8,
-    num_experts_per_tok: NumExpertsPerTok = 2,
+    num_experts: NumExperts = None,
+    num_experts_per_tok: NumExpertsPerTok = None,
+    preset: Preset = None,
     init: Init = "copy",
     init_options: InitOptions = None,
     router_init: RouterInit = "normal",
@@ -101,11 +104,12 @@ def upcycle(
         chosen = {
             "num_experts": num_experts,
             "num_experts_per_tok": num_experts_per_tok,
+            "preset": preset,
             "noise": noise,
             "shared_share": shared_share,
             "seed": seed,
             **_named_methods(init, init_options, router_init, router_init_options),
-            **parse_assignments("--set", fields),
+            **_fields(fields),
         }
         if dry_run or require_export is not None:
             plan = _plan(source, chosen, require_export)
@@ -131,6 +135,12 @@ def _named_methods(
     from moe_hf.upcycling.router_init import make_router_init
 
     return {"init": make_initialiser(init, options), "router_init": make_router_init(router_init, router_options)}
+
+
+def _fields(assignments: list[str] | None) -> dict[str, Any]:
+    from moe_hf.streaming import upcycle_checkpoint
+
+    return parse_fields(assignments, upcycle, upcycle_checkpoint)
 
 
 def _check_destination(destination: Path | None) -> None:

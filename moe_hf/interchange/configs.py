@@ -79,8 +79,8 @@ def native_config(config: MoEConfig, target: str) -> PreTrainedConfig:
         "zero_shared": config.shared_expert_intermediate_size == 0,
         "zero_bias": config.balance_strategy != "bias",
     }
-    back = _to_ours(native, family, dense, **facts).to_dict()
-    carried = _difference(config.to_dict(), back)
+    back = _to_ours(native, family, dense, **facts).to_diff_dict()
+    carried = _difference(config.to_diff_dict(), back)
     carried["text_config"] = {"model_type": dense, **_difference(config.text_config.to_dict(), back["text_config"])}
     setattr(native, CARRIED, carried)
     return native
@@ -305,7 +305,8 @@ def _to_ours(
     carried = carried or {}
     text |= copy.deepcopy(_difference(carried.get("text_config", {}), {}))
     text_config = CONFIG_MAPPING[dense](**text, dtype=native.dtype)
-    return MoEConfig(text_config=text_config, dtype=native.dtype, **fields | _difference(carried, {}))
+    fields |= _difference(carried, {}) | {"text_config": text_config, "dtype": native.dtype}
+    return MoEConfig.from_dict(fields)
 
 
 def _unknown(native: PreTrainedConfig, family: Family) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 Letters: E experts, K experts per token.
 """
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -39,13 +40,18 @@ class MoEError(ValueError):
     """A user's mistake: says what was given, what is allowed, and what to do."""
 
 
-def raise_moe_errors(init):
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that a user may have meant by `name`; None where none is near."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
+
+
+def raise_moe_errors(function):
     """Re-raise the errors of strict dataclasses as `MoEError`, so that users catch one type."""
 
-    @wraps(init)
-    def wrapper(self, *args, **kwargs):
+    @wraps(function)
+    def wrapper(*args, **kwargs):
         try:
-            init(self, *args, **kwargs)
+            return function(*args, **kwargs)
         except StrictDataclassError as error:
             cause = error.__cause__
             raise (cause if isinstance(cause, MoEError) else MoEError(str(error))) from error
@@ -216,7 +222,39 @@ def _check_policy(config: Any) -> None:
         )
 
 
-def check_structure(config: Any, num_layers: int) -> None:
+def check_structure(config: Any) -> None:
+    """Which layers have experts, and what such a layer consists of."""
+    if config.moe_intermediate_size is not None and config.moe_intermediate_size < 1:
+        raise MoEError(f"moe_intermediate_size is {config.moe_intermediate_size}; it must be at least 1, or None.")
+    for name, least in (
+        ("num_moe_heads", 1),
+        ("shared_expert_intermediate_size", 0),
+        ("first_k_dense_replace", 0),
+        ("decoder_sparse_step", 1),
+    ):
+        if getattr(config, name) < least:
+            raise MoEError(f"{name} is {getattr(config, name)}; it must be at least {least}.")
+    for name in ("is_encoder_decoder", "chunk_size_feed_forward"):
+        if getattr(config, name):
+            raise MoEError(f"{name} is {getattr(config, name)}, and no decoder of a MoE reads it: leave it out.")
+    layers = getattr(config.text_config, "num_hidden_layers", None)
+    if layers is None:
+        raise MoEError(
+            f"text_config is a {type(config.text_config).__name__}, which has no decoder layers of its own (a model "
+            "of several parts?); give the config of its text decoder."
+        )
+    outside = [i for i in config.mlp_only_layers if not 0 <= i < layers]
+    if outside:
+        raise MoEError(f"mlp_only_layers names layers {outside}; the model has layers 0 to {layers - 1}.")
+    _check_parts(config, layers)
+    if not any(config.is_moe_layer(i) for i in range(layers)):
+        raise MoEError(
+            f"first_k_dense_replace={config.first_k_dense_replace}, decoder_sparse_step={config.decoder_sparse_step} "
+            f"and mlp_only_layers={config.mlp_only_layers} leave none of the {layers} layers with experts."
+        )
+
+
+def _check_parts(config: Any, num_layers: int) -> None:
     """What a MoE layer consists of: experts per layer, their widths, extra experts, the gate of the shared expert."""
     if config.shared_expert_gate not in (False, True, "softmax"):
         raise MoEError(f"shared_expert_gate is {config.shared_expert_gate!r}; it must be a bool, or 'softmax'.")

@@ -3,8 +3,7 @@
 Letters: D model width, F expert width, E experts, K experts per token.
 """
 
-import difflib
-from dataclasses import fields
+import os
 from typing import Any, ClassVar
 
 import transformers
@@ -23,6 +22,7 @@ from .config_checks import (
     check_structure,
     raise_moe_errors,
 )
+from .config_fields import MODEL_TYPE, field_names, fields_of_file, is_at_top, take_fields
 from .presets import PRESETS, preset_fields
 from .routing_ids import check_deciders
 
@@ -51,8 +51,8 @@ check_transformers_version()
 class MoEConfig(PreTrainedConfig):
     r"""Configuration of [`MoEModel`] and [`MoEForCausalLM`].
 
-    Every field of the dense configuration can be read and written here too (`config.hidden_size`,
-    `config.vocab_size`, ...); it lives in `text_config`.
+    Every field of the dense configuration can be read, written and given here too (`config.hidden_size`,
+    `config.vocab_size`, ...); it lives in `text_config`, which is a copy.
 
     Args:
         text_config (`PreTrainedConfig` or `dict`):
@@ -169,10 +169,10 @@ class MoEConfig(PreTrainedConfig):
             Version of the checkpoint's layout.
 
     Raises:
-        MoEError: for a value outside its range, fields that exclude one another, or a misspelt field.
+        MoEError: for a value outside its range, fields that exclude one another, or a name that is no field.
     """
 
-    model_type: ClassVar[str] = "moe_hf"
+    model_type: ClassVar[str] = MODEL_TYPE
     sub_configs_defaults: ClassVar[dict] = {
         "text_config": configuration_utils.SubConfigSpec(AutoConfig, model_type="llama", optional=True),
     }
@@ -235,7 +235,7 @@ class MoEConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
-        self._refuse_misspelt(kwargs)
+        self.text_config, kwargs = take_fields(self.text_config, kwargs, field_names(self))
         self.mlp_only_layers = sorted(self.mlp_only_layers or [])
         self.extra_experts = list(self.extra_experts or [])
         if self.expert_intermediate_sizes and self.moe_intermediate_size is None:
@@ -245,30 +245,13 @@ class MoEConfig(PreTrainedConfig):
         if self.router_aux_loss_coef is None:
             is_balanced = self.balance_strategy == "bias" or self.router_type == "segment_merge"
             self.router_aux_loss_coef = 0.0 if is_balanced else 0.01
-        if self.text_config is None:
-            raise MoEError(
-                "MoEConfig needs text_config, the configuration of the dense decoder, and got None. "
-                "Pass AutoConfig.from_pretrained(...) of a dense model, or its dict."
-            )
-        if isinstance(self.text_config, dict):
-            if "auto_map" in self.text_config:
-                raise MoEError(
-                    "text_config needs remote code; only decoders that transformers itself has can be used."
-                )
-            if self.text_config.get("model_type") is None:
-                raise MoEError('text_config is a dict without "model_type": name the dense family, such as "llama".')
+        # transformers would take None for a choice, and undo the one that a loaded dense model made.
+        kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)
         super().__post_init__(**kwargs)
         if self.norm_topk_prob is None:
             self.norm_topk_prob = self.num_experts_per_tok > 1 and self.router_type not in UNNORMALISED
         for name in ("output_hidden_states", "return_dict"):
             setattr(self.text_config, name, getattr(self, name))
-
-    def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
-        own = [field.name for field in fields(MoEConfig) if field.name not in PreTrainedConfig.__dataclass_fields__]
-        for name in kwargs:
-            nearest = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
-            if nearest:
-                raise MoEError(f"MoEConfig has no field {name!r}; the nearest is {nearest[0]!r}.")
 
     def validate_routing(self):
         """Part of the strict validation: how tokens are given experts, and what the router's losses weigh."""
@@ -286,31 +269,7 @@ class MoEConfig(PreTrainedConfig):
                 f"format_version is {self.format_version}, and this version of moe_hf reads 1 to {FORMAT_VERSION}: "
                 "upgrade moe_hf."
             )
-        if self.moe_intermediate_size is not None and self.moe_intermediate_size < 1:
-            raise MoEError(f"moe_intermediate_size is {self.moe_intermediate_size}; it must be at least 1, or None.")
-        for name, least in (
-            ("num_moe_heads", 1),
-            ("shared_expert_intermediate_size", 0),
-            ("first_k_dense_replace", 0),
-            ("decoder_sparse_step", 1),
-        ):
-            if getattr(self, name) < least:
-                raise MoEError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        layers = getattr(self.text_config, "num_hidden_layers", None)
-        if layers is None:
-            raise MoEError(
-                f"text_config is a {type(self.text_config).__name__}, which has no decoder layers of its own (a model "
-                "of several parts?); give the config of its text decoder."
-            )
-        outside = [i for i in self.mlp_only_layers if not 0 <= i < layers]
-        if outside:
-            raise MoEError(f"mlp_only_layers names layers {outside}; the model has layers 0 to {layers - 1}.")
-        check_structure(self, layers)
-        if not any(self.is_moe_layer(i) for i in range(layers)):
-            raise MoEError(
-                f"first_k_dense_replace={self.first_k_dense_replace}, decoder_sparse_step={self.decoder_sparse_step} "
-                f"and mlp_only_layers={self.mlp_only_layers} leave none of the {layers} layers with experts."
-            )
+        check_structure(self)
 
     def validate_layer_type(self):
         """Part of the strict validation: `text_config` has checked its own layer types, which only its class knows."""
@@ -327,8 +286,26 @@ class MoEConfig(PreTrainedConfig):
         Raises:
             MoEError: an unknown name, or what `MoEConfig` refuses.
         """
-        text_config = cls(text_config=text_config).text_config
+        text_config, overrides = take_fields(text_config, overrides, field_names(cls))
         return cls(text_config=text_config, **preset_fields(name, text_config, overrides))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in transformers, for what a file holds; other values for its fields are checked together with the rest.
+
+        Raises:
+            MoEError: what `MoEConfig` refuses, or a name in `kwargs` that nothing knows.
+        """
+        hands_on = kwargs.pop("return_unused_kwargs", False)
+        given, marks, options = fields_of_file(config_dict, kwargs, field_names(cls), hands_on=hands_on)
+        config, unused = super().from_dict(given, return_unused_kwargs=True, **options)
+        vars(config).update(marks)
+        return (config, unused) if hands_on else config
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> "MoEConfig":
+        """As in transformers; what a file holds is taken as by `from_dict`."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def is_moe_layer(self, layer_index: int) -> bool:
         """Whether decoder layer `layer_index` (from 0) has experts."""
@@ -362,9 +339,16 @@ class MoEConfig(PreTrainedConfig):
         """FSDP plan of the dense decoder."""
         return self.text_config.base_model_fsdp_plan
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with the dense fields at the top too, where tools look for them; `from_dict` reads it."""
+        own = super().to_dict()
+        return {name: value for name, value in own["text_config"].items() if is_at_top(name)} | own
+
     def to_diff_dict(self) -> dict[str, Any]:
+        """As in transformers: what `config.json` holds, each field once."""
+        own = super().to_dict()
         # Whole, not as a difference from the family's defaults, which may change between transformers versions.
-        return {**super().to_diff_dict(), "text_config": self.to_dict()["text_config"]}
+        return {n: v for n, v in super().to_diff_dict().items() if n in own} | {"text_config": own["text_config"]}
 
     def __getattr__(self, name: str) -> Any:
         # transformers probes for optional fields while the config is being built; those belong to text_config alone, and
@@ -394,5 +378,6 @@ class MoEConfig(PreTrainedConfig):
 
 
 MoEConfig.__init__ = raise_moe_errors(MoEConfig.__init__)
+MoEConfig.validate = raise_moe_errors(MoEConfig.validate)
 
 __all__ = ["MoEConfig", "MoEError"]

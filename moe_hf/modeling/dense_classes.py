@@ -1,6 +1,7 @@
 """Which class of transformers a MoE is combined with: a decoder, or a classifier of its family or with a generic head."""
 
 import inspect
+from collections.abc import Collection
 from functools import cache
 
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -9,6 +10,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutput
 
 from .config_checks import MoEError
+from .config_fields import field_names, refuse_unknown, sort_fields
 
 
 # What a classifier's configuration says of its labels; the dense head reads it from text_config.
@@ -38,6 +40,21 @@ def decoder_class(text_config: PreTrainedConfig, mapping) -> type:
     if is_encoder or "decoder_input_ids" in arguments:
         raise MoEError(not_decoder)
     return dense
+
+
+def check_model_arguments(config: PreTrainedConfig, given: Collection[str], dense_class: type) -> None:
+    """Check a configuration as it is now, and refuse what `from_pretrained` hands on to the model beside it.
+
+    Raises:
+        MoEError: a field that was changed since it was checked, or an argument that the dense class does not take.
+    """
+    config.validate()
+    check_activation(config.text_config)
+    others = [name for name in given if name not in inspect.signature(dense_class.__init__).parameters]
+    ours, dense, unknown = sort_fields(dict.fromkeys(others), field_names(config), config.text_config)
+    refuse_unknown(unknown, field_names(config), config.text_config)
+    if ours or dense:
+        raise MoEError(f"Beside a config there is no place for {', '.join(ours | dense)}: set it in the config.")
 
 
 def check_activation(text_config: PreTrainedConfig) -> None:

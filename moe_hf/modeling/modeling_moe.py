@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_moe import MoEConfig, MoEError
 from .custom_code import CUSTOM_CODE  # noqa: F401 - importing it registers them
-from .dense_classes import LABEL_FIELDS, check_activation, classifier_class, decoder_class
+from .dense_classes import LABEL_FIELDS, check_model_arguments, classifier_class, decoder_class
 from .dense_mlp import activation_of, check_one_expert_reproduces, find_mlp_sites, holder_of
 from .dynamic_class import Combined, combine, put_block
 from .index_names import check_index_names, check_kernel_names
@@ -85,7 +85,7 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
 
     def __init__(self, config: MoEConfig, *args, **kwargs):
         text_config = config.text_config
-        check_activation(text_config)
+        check_model_arguments(config, kwargs, self._dense_class)
         # The dense classes inside have no experts, and refuse a request for an implementation of them.
         text_config._experts_implementation_internal = "eager"
         self._dense_class.__init__(self, text_config, *args, **kwargs)
@@ -100,6 +100,7 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         if requested is None and not rows_are_aligned(base_model):
             config._experts_implementation_internal = "eager"
         self._adopt_submodels(base_model)
+        self.name_or_path = base_model.name_or_path = config.name_or_path
         # Compiled steps, which generate would make of static caches, cannot keep what routers carry on.
         self._can_compile_fullgraph &= not carries_on(config)
         self.post_init()

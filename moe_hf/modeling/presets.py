@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .config_checks import MoEError
+from .config_checks import MoEError, nearest_name
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,9 @@ def preset_fields(name: str, text_config: PreTrainedConfig, overrides: dict[str,
     """
     preset = PRESETS.get(name)
     if preset is None:
-        raise MoEError(f"There is no preset {name!r}; there are {list(PRESETS)}.")
+        nearest = nearest_name(str(name), PRESETS)
+        hint = f" Did you mean {nearest!r}?" if nearest else ""
+        raise MoEError(f"There is no preset {name!r}; there are {list(PRESETS)}.{hint}")
     fields, layers = dict(preset.fields), text_config.num_hidden_layers
     if preset.sized is not None:
         width = next((w for w in (getattr(text_config, known, None) for known in MLP_WIDTHS) if w), None)

@@ -22,6 +22,7 @@ from moe_hf.data import check_packing, load_text, split_by_document, tokenize_an
 from moe_hf.errors import MoEError
 from moe_hf.library_tasks import LIBRARY_TASKS, library_task
 from moe_hf.metrics import LanguageModelMetrics, token_statistics
+from moe_hf.modeling.config_fields import refuse_strays
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.routing_ids import ID_ARGUMENTS
 from moe_hf.trainer.arguments import (
@@ -199,7 +200,10 @@ def build_model(args: ConfigArguments, documents: Dataset) -> tuple[PreTrainedMo
         raise MoEError(f"vocab_size={dense['vocab_size']} is less than the tokenizer's {len(tokenizer)} tokens.")
     fields = given | {"text_config": dense} if model_type == MoEConfig.model_type else dense
     try:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
+        config = AutoConfig.for_model(model_type, **fields)
+        if model_type != MoEConfig.model_type:
+            refuse_strays(fields, config)
+        model = AutoModelForCausalLM.from_config(config)
     except MoEError:
         raise
     except (TypeError, ValueError) as error:

@@ -30,7 +30,7 @@ from moe_hf.upcycling.prepare import prepare
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Of a device's memory: the rest is for the driver's context, kernels' workspaces and gaps between tensors.
 USABLE = 0.92
-DEFAULT_EXPERTS, MOST_DEVICES_TIMES = 8, 8
+MOST_DEVICES_TIMES = 8
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ def plan_training(
     *,
     num_experts: int | None = None,
     num_experts_per_tok: int | None = None,
+    preset: str | None = None,
     scope: str = "moe",
     optimizer: str = "adamw",
     dtype: str = "bf16",
@@ -146,7 +147,7 @@ def plan_training(
     Args:
         source (`str` or `os.PathLike`): a folder with a config.json, or a Hub id: a dense model to upcycle, one of this
             package's, or a native MoE of transformers.
-        num_experts, num_experts_per_tok, config_fields: of the upcycling (8 and 2 by default); for dense sources only.
+        num_experts, num_experts_per_tok, preset, config_fields: of the upcycling (8 and 2 by default); for dense sources only.
         scope (`str`): what trains.
         optimizer (`str`): `"adamw"` (fused) or `"sgd"`.
         dtype (`str`): `"bf16"` or `"fp32"`, of frozen weights and of the arithmetic.
@@ -163,7 +164,9 @@ def plan_training(
     """
     settings = TrainingSettings(batch, sequence, gpus, scope, optimizer, dtype, checkpointing, accumulation)
     settings.check()
-    planner = _Planner(_builder(source, DTYPES[dtype], num_experts, num_experts_per_tok, config_fields), settings)
+    planner = _Planner(
+        _builder(source, DTYPES[dtype], num_experts, num_experts_per_tok, preset, config_fields), settings
+    )
     limit = round(memory * 2**30)
     layouts = planner.layouts(settings)
     plan = TrainingPlan(str(source), settings, limit, tuple(layouts), None, ())
@@ -269,6 +272,7 @@ def _builder(
     dtype: torch.dtype,
     num_experts: int | None,
     num_experts_per_tok: int | None,
+    preset: str | None,
     config_fields: dict[str, Any],
 ) -> Callable[[], PreTrainedModel]:
     """What makes the MoE, in `dtype`."""
@@ -282,19 +286,21 @@ def _builder(
             config = prepare(
                 source,
                 lambda given: (str(given), dense),
-                num_experts=num_experts or DEFAULT_EXPERTS,
-                num_experts_per_tok=num_experts_per_tok or 2,
+                num_experts=num_experts,
+                num_experts_per_tok=num_experts_per_tok,
+                preset=preset,
                 init="copy",
                 router_init="normal",
                 noise=0.0,
                 shared_share=0.5,
                 seed=0,
+                allow_inexact=True,
                 config_fields=config_fields,
             ).config
-            num_experts = num_experts_per_tok = None
+            num_experts = num_experts_per_tok = preset = None
             config_fields, make = {}, MoEForCausalLM._from_config
-    if num_experts or num_experts_per_tok or config_fields:
-        raise MoEError(f"{source} has experts already: leave out num_experts and the fields of an upcycling.")
+    if num_experts or num_experts_per_tok or preset or config_fields:
+        raise MoEError(f"{source} has experts already: leave out num_experts, preset and the fields of an upcycling.")
     config.dtype = dtype
     return lambda: make(config, dtype=dtype)
 

@@ -38,8 +38,9 @@ from moe_hf.upcycling.verification import (
 def upcycle(
     dense: PreTrainedModel | str | Path,
     *,
-    num_experts: int = 8,
-    num_experts_per_tok: int = 2,
+    num_experts: int | None = None,
+    num_experts_per_tok: int | None = None,
+    preset: str | None = None,
     init: str | Initialiser = "copy",
     router_init: str | RouterInit = "normal",
     noise: float = 0.0,
@@ -58,8 +59,10 @@ def upcycle(
 
     Args:
         dense (`PreTrainedModel`, `str` or `Path`): the model, a folder, or a Hub id. Never changed, nor aliased.
-        num_experts (`int`): E, experts per layer.
-        num_experts_per_tok (`int`): K, experts per token. K = 1 cannot be exact: the weight of one expert is below 1.
+        num_experts (`int`, *optional*): E, experts per layer; 8, or the preset's.
+        num_experts_per_tok (`int`, *optional*): K, experts per token; 2, or the preset's. K = 1 cannot be exact: the weight of one expert is below 1.
+        preset (`str`, *optional*): the MoE of a paper, a name of `MoEConfig.presets()`; fields that are given win over its
+            own. One that cannot keep the dense function is refused before anything is made, unless `allow_inexact`.
         init (`str` or `Initialiser`): how the experts start; a name of `INITIALISERS`, or an instance with options.
         router_init (`str` or `RouterInit`): how the routers start; a name of `ROUTER_INITS`, or an instance with options.
         noise (`float`): relative Gaussian noise on each expert, in standard deviations of each projection; makes the
@@ -72,7 +75,7 @@ def upcycle(
         verify_inputs (`torch.Tensor`, *optional*): token ids (B, S) to check on, besides 2 x 64 random ones; the first 2 x 64
             of `inputs` if not given.
         allow_inexact (`bool`): accept a model that is not the dense one's equal; the measured error is stored.
-        **config_fields: further fields of [`MoEConfig`].
+        **config_fields: further fields of [`MoEConfig`], and ids of special tokens. Other dense fields are the dense model's.
 
     Returns:
         `MoEForCausalLM` in the dense model's dtype, on its device, in evaluation mode;
@@ -80,7 +83,8 @@ def upcycle(
         routers do on the same tokens.
 
     Raises:
-        MoEError: for a source that is no dense decoder, or a result that should be exact and is not.
+        MoEError: for a source that is no dense decoder, a name that is no field, a field that is the dense model's, or a
+            result that should be exact and is not.
     """
     dense = whole_model(dense, "Upcycling", or_path=True)
     ready = prepare(
@@ -88,11 +92,13 @@ def upcycle(
         _load_dense,
         num_experts=num_experts,
         num_experts_per_tok=num_experts_per_tok,
+        preset=preset,
         init=init,
         router_init=router_init,
         noise=noise,
         shared_share=shared_share,
         seed=seed,
+        allow_inexact=allow_inexact,
         config_fields=config_fields,
     )
     method, config, models, sites = ready.method, ready.config, ready.models, ready.sites
@@ -105,7 +111,7 @@ def upcycle(
     )
     fill_blocks([m.base_model for m in models], sites, moe.base_model, config, method, seen.layers)
     moe.tie_weights()
-    moe.generation_config = copy.deepcopy(model.generation_config)
+    moe.generation_config = copy.deepcopy(ready.moe.generation_config)
     config.upcycling = {"source": ready.source, **revision_of(model.config), **method.to_dict(), **seen.facts}
     check_result(model, moe, config, method, sites[0], tokens_to_check(verify_inputs, inputs), allow_inexact)
     return moe

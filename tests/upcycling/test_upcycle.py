@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel, LlamaModel, T5Config, T5ForConditionalGeneration
 
-from moe_hf import MoEConfig, MoEError, MoEForCausalLM, upcycle, verify
+from moe_hf import MoEConfig, MoEError, MoEForCausalLM, upcycle, upcycle_checkpoint, verify
+from moe_hf.upcycling.prepare import moe_config
 from moe_hf.upcycling.router_init import NormalRouter
 from tests.tiny_models import random_ids, tiny_dense, tiny_native_moe
 
@@ -187,3 +188,46 @@ def test_an_unknown_activation_is_named():
     config.text_config.hidden_act = "wobble"
     with pytest.raises(MoEError, match="wobble"):
         MoEForCausalLM(config)
+
+
+DENSE_FIELDS = {
+    "layers": {"num_hidden_layers": 7},
+    "vocabulary": {"vocab_size": 200},
+    "rope": {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}},
+    "dtype": {"dtype": "bfloat16"},
+    "attention": {"attn_implementation": "eager"},
+    "ties": {"tie_word_embeddings": True},
+    "dropout": {"attention_dropout": 0.5},
+    "another kind of model": {"is_encoder_decoder": True},
+}
+
+
+@pytest.mark.parametrize("case", DENSE_FIELDS)
+def test_what_the_dense_model_decides_is_refused_with_the_way_to_change_it(case):
+    dense = tiny_dense("llama")
+    ((name, value),) = DENSE_FIELDS[case].items()
+    with pytest.raises(MoEError, match=f"upcycle keeps the dense model's {name}.*from_pretrained"):
+        upcycle(dense, **{name: value})
+    same = dense.config._attn_implementation if name == "attn_implementation" else getattr(dense.config, name)
+    same = dense.dtype if name == "dtype" else same
+    assert (
+        moe_config(dense, None, {name: same}).text_config.to_dict()
+        == moe_config(dense, None, {}).text_config.to_dict()
+    )
+
+
+@pytest.mark.parametrize("name", ["text_config", "upcycling", "architectures", "name_or_path"])
+def test_what_upcycling_writes_itself_is_refused(name):
+    with pytest.raises(MoEError, match=f"upcycle writes {name} itself"):
+        upcycle(tiny_dense("llama"), **{name: {}})
+
+
+def test_ids_of_special_tokens_act_in_memory_and_on_disk(tmp_path):
+    dense = tiny_dense("llama")
+    dense.save_pretrained(tmp_path / "dense")
+    moe = upcycle(dense, num_experts=2, pad_token_id=9, eos_token_id=[2, 5])
+    upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", num_experts=2, pad_token_id=9, eos_token_id=[2, 5])
+    for model in (moe, MoEForCausalLM.from_pretrained(tmp_path / "moe")):
+        assert (model.config.pad_token_id, model.config.eos_token_id) == (9, [2, 5])
+        assert (model.generation_config.pad_token_id, model.generation_config.eos_token_id) == (9, [2, 5])
+    assert dense.config.pad_token_id == 0
