@@ -11,7 +11,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 SOURCES := moe_hf training examples benchmarks tests docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-all test-gpu conformance interop check-real docs docs-serve style quality clean
+.PHONY: help demo setup test test-all numerics test-gpu conformance interop check-real docs docs-serve style quality clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test: $(STAMP)  ## the tests that every change runs, under 25 minutes on 2 cores
 
 test-all: $(STAMP)  ## the tests, the slow ones too
 	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist worksteal -m 'not gpu and not conformance and not interop' --timeout 3600
+
+numerics: $(STAMP)  ## what compares computed values, under each kind of kernels of this machine (ONLY=sse|avx2|avx512|2-threads|busy|misaligned)
+	$(TEST_ENV) $(BIN)/python -m tests.check_numerics $(if $(ONLY),--only $(ONLY))
 
 conformance: $(STAMP)  ## transformers' own model tests over our classes; fetches its sources from PyPI
 	$(TEST_ENV) $(PYTEST) tests/conformance -m conformance --timeout 3600

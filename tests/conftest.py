@@ -1,4 +1,4 @@
-"""What every test runs under: no network, one torch thread, a fixed seed, memory that is never zero by chance."""
+"""What every test runs under: no network, one torch thread if not told otherwise, a fixed seed, memory never zero by chance."""
 
 import os
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "results.pt"
+# After which a program hangs: ten times what the slowest takes, since the machine may be busy.
+PATIENCE_SECONDS = 800
 
 
 @dataclass
@@ -31,7 +33,7 @@ class CaseResult:
     error: str | None = None
 
 
-def launch(command: list[str], timeout: int = 240, backend: str = "gloo") -> str:
+def launch(command: list[str], timeout: int = PATIENCE_SECONDS, backend: str = "gloo") -> str:
     """Run a command that starts processes: on the CPU, where no GPU is seen, or with `backend="nccl"` one per GPU."""
     python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path, "PYTHONFAULTHANDLER": "1"}
@@ -72,7 +74,7 @@ def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:
     return folder
 
 
-def launch_once(command: list[str], result: Path, timeout: int = 240, backend: str = "gloo") -> None:
+def launch_once(command: list[str], result: Path, timeout: int = PATIENCE_SECONDS, backend: str = "gloo") -> None:
     """`launch`, unless a worker has done it: `result` is then there. One that is at it is waited for."""
     with open(result.parent / f"{result.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -95,7 +97,7 @@ class Cases:
         folder: Path,
         processes: int = 2,
         arguments: Iterable[str] = (),
-        timeout: int = 240,
+        timeout: int = PATIENCE_SECONDS,
         backend: str = "gloo",
     ):
         self._command = torchrun(module, str(folder), *arguments, processes=processes)
@@ -127,7 +129,7 @@ def run_cases(cases: dict[str, Callable[[Path], Any]], folder: Path) -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=60))
+        dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE_SECONDS / 4))
     results: dict[str, CaseResult] = {}
     for name, case in cases.items():
         value, error = None, None

@@ -1,9 +1,9 @@
 """The command `moe-hf`: what it does, how soon it answers, and how it refuses."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -47,16 +47,20 @@ def error_of(result) -> str:
     return " ".join(result.stderr.split())
 
 
-def test_help_answers_within_a_second():
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "moe_hf.cli", "--help"], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0
-        assert all(command in done.stdout for command in ("upcycle", "verify", "inspect", "export", "to-dense"))
-    # The best of three: other tests share the machine.
-    assert min(seconds) < 1
+def test_help_answers_before_torch_could_be_imported():
+    def seconds_of(*command: str) -> tuple[float, str]:
+        """Processor time, which a busy machine stretches least: the better of two."""
+        seconds = []
+        for _ in range(2):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        return min(seconds), done.stdout
+
+    help_seconds, output = seconds_of("-m", "moe_hf.cli", "--help")
+    assert all(command in output for command in ("upcycle", "verify", "inspect", "export", "to-dense"))
+    assert 2 * help_seconds < seconds_of("-c", "import torch")[0]
 
 
 def test_version_is_the_package_version():

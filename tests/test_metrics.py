@@ -11,6 +11,9 @@ from moe_hf import MoEError
 from moe_hf.metrics import LanguageModelMetrics, Perplexity, TokenAccuracy, TokenLoss, token_statistics
 
 
+pytestmark = pytest.mark.numerics
+
+
 @pytest.fixture
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)

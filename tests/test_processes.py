@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from tests.processes import ROOT, launch, shared_folder
+from tests.processes import PATIENCE_SECONDS, ROOT, launch, shared_folder
 
 
 PROGRAM = """
@@ -24,7 +24,7 @@ assert result.read_text() == "once"
 def test_workers_that_come_at_the_same_time_start_one_launch(tmp_path):
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "result")]
     workers = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=PATIENCE_SECONDS) for worker in workers] == [0, 0]
     assert (tmp_path / "result").read_text() == "once"
 
 

@@ -25,6 +25,7 @@ from moe_hf.saving import (
     verify_manifest,
     write_manifest,
 )
+from tests.processes import PATIENCE_SECONDS
 
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -153,7 +154,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_folder_or_none(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "ready\n"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while len(list(tmp_path.glob("model-*"))) < 5 and time.monotonic() < deadline:
             time.sleep(0.003)
     finally:

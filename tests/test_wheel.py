@@ -15,8 +15,6 @@ from tests.tiny_models import tiny_dense
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.timeout(600)
-
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:

@@ -12,7 +12,6 @@ from tests.documents.blocks import PAGES, PYTHON, ROOT, Block, blocks_of, compla
 from tests.documents.stand_ins import time_lapse, write_folders
 
 
-pytestmark = pytest.mark.timeout(600)
 WHAT_TO_DO = """
 Mend the block, or write a comment in the line before it: <!-- not run: REASON -->. Its commands run in a folder with tiny
 models in the place of those that it names (tests/documents/stand_ins.py, which gives Python its unset names too).

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import moe_hf
 from moe_hf import MoEConfig, MoEError, MoEForCausalLM
 from moe_hf.finetuning import apply_scope, find_moe_blocks, merge_selected_experts, scope_parameter_names
+from tests.closeness import close
 from tests.tiny_models import random_ids, tiny_config, tiny_dense, tiny_native_moe
 
 
@@ -211,6 +212,7 @@ def test_saved_model_is_a_plain_full_one(kind, tmp_path):
         assert error(model(ids).logits, tiny(kind)(ids).logits) > 1e-3
 
 
+@pytest.mark.numerics
 def test_merging_gives_the_plain_module_back_and_other_scopes_merge():
     full = tiny("mixtral")
     model = selected(full)
@@ -222,7 +224,7 @@ def test_merging_gives_the_plain_module_back_and_other_scopes_merge():
     assert [type(m) for m in model.modules()] == [type(m) for m in full.modules()]
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
     full.load_state_dict(expected)
-    assert torch.equal(model(ids).logits, full(ids).logits)
+    assert close(model(ids).logits, full(ids).logits)
     model = selected(full)
     report = apply_scope(model, "experts")
     assert report.names == scope_parameter_names(full, "experts")
@@ -236,10 +238,11 @@ def test_state_dict_of_a_full_model_loads_into_the_chosen_experts():
     assert torch.equal(weights.down_proj, other.model.layers[2].mlp.experts.down_proj[[0, 3]])
 
 
+@pytest.mark.numerics
 def test_copies_and_pickles_compute_the_same():
     model, ids = selected(tiny("mixtral")), random_ids()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other(ids).logits, model(ids).logits)
+        assert close(other(ids).logits, model(ids).logits)
         other.model.layers[0].mlp.experts.selected.down_proj.data.zero_()
         assert error(other(ids).logits, model(ids).logits) > 1e-4
 

@@ -36,8 +36,10 @@ from moe_hf.cli import app  # noqa: E402
 from moe_hf.hub import account, push_model, save_model, transfer  # noqa: E402
 from moe_hf.reporting.card_facts import EVAL_RESULTS_NAME, eval_results  # noqa: E402
 from moe_hf.reporting.statistics import FORMAT, JSON_NAME, PICTURE_NAME  # noqa: E402
+from tests.closeness import close  # noqa: E402
 from tests.hub.clients import facts_of, tiny_tokenizer, weights_hash  # noqa: E402
 from tests.hub.fake_hub import Repository, StoredFile  # noqa: E402
+from tests.processes import PATIENCE_SECONDS  # noqa: E402
 from tests.tiny_models import tiny_dense, tiny_native_moe  # noqa: E402
 
 
@@ -119,7 +121,7 @@ def without_moe_hf() -> dict:
     pushed = CliRunner().invoke(app, ["push", str(OURS), "tester/ours"])
     env = os.environ | {"PYTHONPATH": "", "HF_HOME": str(WORK / "home-of-another")}
     command = [sys.executable, str(Path(__file__).with_name("clients.py")), "load_isolated", str(WORK / "another")]
-    loading = subprocess.run(command, env=env, cwd=WORK, capture_output=True, text=True, timeout=200)
+    loading = subprocess.run(command, env=env, cwd=WORK, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert loading.returncode == 0, loading.stderr[-3000:]
     found = json.loads(loading.stdout.splitlines()[-1])
     here = facts_of(AutoModelForCausalLM.from_pretrained(OURS))
@@ -188,7 +190,7 @@ def options() -> dict:
     repository = HUB.repositories["tester/options"]
     native = AutoModelForCausalLM.from_pretrained(WORK / "native")
     ids = torch.tensor([[4, 5, 6]])
-    difference = (native(ids).logits - AutoModelForCausalLM.from_pretrained(OURS)(ids).logits).abs().max().item()
+    same_logits = close(native(ids).logits, AutoModelForCausalLM.from_pretrained(OURS)(ids).logits)
     wrong = [
         _pushed("tester/options", revision="next", create_pr=True),
         _pushed("tester/options", private=True),
@@ -201,7 +203,7 @@ def options() -> dict:
         "proposals": repository.proposals,
         "private": HUB.repositories["tester/hidden"].private,
         "class": type(native).__name__,
-        "difference": difference,
+        "same_logits": same_logits,
         "weights": sorted(name for name in repository.commit_at("main").files if "safetensors" in name),
     }
 

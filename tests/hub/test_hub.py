@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub.fake_hub import TOKEN, Commit, FakeHub, Repository, StoredFile
+from tests.processes import PATIENCE_SECONDS
 
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -42,7 +43,12 @@ class _Client:
         }
         script = str(TESTS / "hub" / "clients.py")
         done = subprocess.run(
-            [sys.executable, script, name, str(work)], env=env, cwd=work, capture_output=True, text=True, timeout=120
+            [sys.executable, script, name, str(work)],
+            env=env,
+            cwd=work,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert TOKEN not in done.stdout + done.stderr

@@ -15,6 +15,7 @@ from moe_hf.checksums import file_sha256
 from moe_hf.hub import save_model
 from tests.hub.fake_hub import TOKEN, FakeHub
 from tests.hub.test_push_pull import MODES
+from tests.processes import PATIENCE_SECONDS
 from tests.tiny_models import randomise_, tiny_config
 
 
@@ -72,7 +73,7 @@ class _Client:
     def close(self) -> None:
         """End the processes."""
         self.process.stdin.close()
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=PATIENCE_SECONDS)
         self.hub.stop()
 
 
@@ -84,7 +85,7 @@ def client(request, tmp_path_factory):
 
 
 def _wait_for(condition) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < end, "the push did not come to where it was to be killed"
         time.sleep(0.005)

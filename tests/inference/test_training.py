@@ -7,6 +7,7 @@ from moe_hf.finetuning.lora_files import LORA_NAME
 from moe_hf.inference import quantize_experts
 from moe_hf.inference.footprint import logits_of
 from moe_hf.trainer import MoETrainer
+from tests.closeness import bitwise
 from tests.tiny_models import random_ids
 from tests.trainer.runs import arguments, rows, tiny_moe
 
@@ -33,14 +34,18 @@ def train(output_dir, resume=None) -> MoETrainer:
     return trainer
 
 
+def adapters(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def test_adapters_over_quantized_experts_train_resume_and_load(tmp_path):
     whole = train(tmp_path / "whole")
     again = train(tmp_path / "again", resume=str(tmp_path / "whole" / "checkpoint-2"))
     ids = random_ids(1, 8)
     expected = logits_of(whole.model, ids)
     assert not torch.equal(expected, logits_of(quantized(), ids))
-    assert torch.equal(logits_of(again.model, ids), expected)
+    assert bitwise(adapters(again.model), adapters(whole.model))
     whole.save_model()
     final = tmp_path / "whole" / "final"
     assert (final / LORA_NAME).is_file() and not list(final.glob("model*.safetensors"))
-    assert torch.equal(logits_of(load_expert_lora(quantized(), final), ids), expected)
+    assert bitwise(adapters(load_expert_lora(quantized(), final)), adapters(whole.model))

@@ -38,7 +38,15 @@ class Exported:
     loading: dict
 
 
-@pytest.fixture(scope="module", params=EXACT.values(), ids=EXACT)
+# One dense model for each family is exported in every run of the tests.
+FIRST = {case.target: name for name, case in reversed(EXACT.items())}
+CASES = [
+    pytest.param(case, id=name, marks=() if FIRST[case.target] == name else pytest.mark.slow)
+    for name, case in EXACT.items()
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def exported(request, tmp_path_factory) -> Exported:
     root, case = tmp_path_factory.mktemp("exchange"), request.param
     _, moe = upcycled(case)

@@ -19,6 +19,9 @@ from moe_hf.kernels import (
 from tests.kernels.experts_modules import LAYOUTS, D, E, make_experts, reference, routed
 
 
+pytestmark = pytest.mark.numerics
+
+
 LIMITS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from tests.processes import PATIENCE_SECONDS
+
 
 BLOCKED = """
 import sys, torch
@@ -38,7 +40,7 @@ def run_without_moe_hf(program: str, folder: Path, ids: torch.Tensor) -> Path:
         [sys.executable, "-c", BLOCKED + program, str(saved), str(again)],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=PATIENCE_SECONDS,
         env={**os.environ, **environment},
         cwd=saved,
     )

@@ -341,29 +341,3 @@ CASES: dict[str, RouterCase] = {
         upcycles_exactly=False,
     ),
 }
-
-# Of the cases that compile, those that are compiled in every run of the tests: one for each kind of router and option.
-COMPILED_ALWAYS = frozenset(
-    [
-        "top_k",
-        "groups_sigmoid",
-        "attention",
-        "multi_head",
-        "task",
-        "router_per_task",
-        "expert_groups",
-        "prefix",
-        "drop",
-        "threshold",
-        "load_aware",
-        "dense",
-        "likelihood",
-        "widths",
-        "shared_sigmoid",
-        "residual_softmax",
-        "dense_before",
-        "dense_after_pyramid_residual",
-        "extra_experts",
-        "convolution",
-    ]
-)

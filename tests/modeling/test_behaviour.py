@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from moe_hf import MoEConfig, MoEForCausalLM, MoEModel, upcycle
 from moe_hf.modeling.configuration_moe import check_transformers_version
+from tests.processes import PATIENCE_SECONDS
+from tests.sampling import sampled
 from tests.tiny_models import random_ids, tiny_config, tiny_dense
 
 
@@ -184,7 +186,7 @@ def test_the_experts_kernel_does_not_depend_on_which_class_was_used_first():
         "import moe_hf\n"
         "print(moe_hf.upcycle(m, num_experts=2).config._experts_implementation)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.stdout.strip() == "grouped_mm", done.stderr
 
 
@@ -205,8 +207,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(family):
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("implementation", "training"),
+    sampled(["grouped_mm", "batched_mm"], {"train": True, "eval": False}, share=2),
+)
 def test_compiles_as_one_graph(model, implementation, training):
     torch.compiler.reset()
     model.train(training)

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from moe_hf import upcycle
+from tests.closeness import close
 from tests.tiny_models import random_ids, tiny_dense
+
+
+pytestmark = pytest.mark.numerics
 
 
 @pytest.fixture(params=["llama", "gpt2", "gemma3_text"], scope="module")
@@ -16,10 +20,6 @@ def model(request):
 @torch.no_grad()
 def logits(model, ids, **kwargs):
     return model(ids, use_cache=False, **kwargs).logits
-
-
-def close(actual, expected):
-    return float((actual - expected).abs().max() / expected.abs().max()) <= 2e-6
 
 
 def test_changing_or_cutting_later_tokens_changes_nothing_before(model):

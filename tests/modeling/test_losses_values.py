@@ -25,6 +25,9 @@ from moe_hf.modeling.routing import RouterNoise
 from tests.modeling.decided import config_of, decided
 
 
+pytestmark = pytest.mark.numerics
+
+
 # Fields that each loss needs besides the number of experts, here 8 with 2 per token.
 FIELDS = {
     "load_balancing_loss": {},

@@ -11,6 +11,9 @@ from tests.modeling.reference import KINDS, in_float64, make_block, reference_mo
 from tests.tiny_models import tiny_config
 
 
+pytestmark = pytest.mark.numerics
+
+
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
 
 

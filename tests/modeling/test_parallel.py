@@ -27,7 +27,7 @@ def cases(tmp_path_factory):
     launches = {}
     for name, (processes, arguments) in lists.items():
         folder = shared_folder(tmp_path_factory, f"parallel-{name}")
-        launches[name] = Cases("tests.modeling.parallel_worker", folder, processes, arguments, timeout=900)
+        launches[name] = Cases("tests.modeling.parallel_worker", folder, processes, arguments)
     return launches
 
 

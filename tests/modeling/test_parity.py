@@ -8,6 +8,9 @@ from moe_hf import MoEConfig, MoEForCausalLM
 from tests.tiny_models import random_ids, tiny_native_moe
 
 
+pytestmark = pytest.mark.numerics
+
+
 TWINS = {"mixtral": "mistral", "qwen3_moe": "qwen3"}
 
 

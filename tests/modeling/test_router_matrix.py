@@ -8,6 +8,7 @@ from moe_hf import MoEConfig, MoEError, MoEForCausalLM
 from moe_hf.modeling.routers import ROUTERS, check_generation, why_no_cache
 from tests.modeling.router_inputs import given_ids
 from tests.modeling.router_properties import set_bias
+from tests.sampling import sampled
 from tests.tiny_models import random_ids, randomise_, tiny_config
 
 
@@ -117,8 +118,7 @@ def check_evaluation(model: MoEForCausalLM, ids: torch.Tensor, is_causal: bool) 
     assert torch.allclose(cached, full[:, 6:], atol=1e-4)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("router", ROUTER_FIELDS)
+@pytest.mark.parametrize(("router", "option"), sampled(ROUTER_FIELDS.keys(), OPTIONS.keys()))
 def test_a_router_with_an_option_is_a_causal_model_or_is_refused(router, option):
     model, ids = build(router, option), random_ids(2, 10)
     assert (model is None) == (option in REFUSED[router].split())

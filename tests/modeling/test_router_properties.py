@@ -1,5 +1,7 @@
 """What holds for every router with every option (`router_properties.CASES`), and what they declare not to hold."""
 
+import itertools
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -24,17 +26,31 @@ from tests.modeling.reference import (
     reference_shared,
 )
 from tests.modeling.router_inputs import block_pass, given_ids, make_logits_huge_, naive_logits
-from tests.modeling.router_properties import CASES, COMPILED_ALWAYS, NUM_EXPERTS, RouterCase, set_bias
+from tests.modeling.router_properties import CASES, NUM_EXPERTS, RouterCase, set_bias
+from tests.sampling import sampled
 from tests.tiny_models import random_ids, tiny_dense
 
 
-every_case = pytest.mark.parametrize("name", CASES)
+# A law meets every third case and a case every third law; all pairs run in `make test-all`.
+LAWS = itertools.count()
+
+
+def every_case(law: Callable) -> Callable:
+    """Parametrise a law over all cases."""
+    return pytest.mark.parametrize("name", sampled(CASES.keys(), start=next(LAWS)))(law)
+
+
+def without_draws(law: Callable) -> Callable:
+    """As `every_case`, in both modes where the random numbers of a batch do not change the result.
+
+    Batches of another shape get other ones.
+    """
+    both = sampled(CASES.keys(), {"eval": False, "train": True}, start=next(LAWS))
+    cases = [case for case in both if not (case.values[1] and CASES[case.values[0]].draws)]
+    return pytest.mark.parametrize(("name", "training"), cases)(law)
+
+
 both_modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-# Where the random numbers of a batch do not change the result: batches of another shape get other ones.
-DRAWLESS = [(name, training) for name in CASES for training in (False, True) if not (training and CASES[name].draws)]
-without_draws = pytest.mark.parametrize(
-    ("name", "training"), DRAWLESS, ids=[f"{name}-{'train' if training else 'eval'}" for name, training in DRAWLESS]
-)
 # One model per case, used by the tests that do not change it.
 MODELS: dict[str, MoEForCausalLM] = {}
 ROWS, LENGTH = 3, 20
@@ -285,6 +301,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.detach().double() - expected.detach()).norm() / expected.detach().norm())
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @every_case
 def test_every_experts_implementation_equals_the_naive_reference(name, implementation):
@@ -392,10 +409,7 @@ def test_saved_and_loaded_whole_and_in_scope_router(name, tmp_path):
     assert set(scope_parameter_names(model, "router")) == {n for n, _ in model.named_parameters() if ".mlp.gate." in n}
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in COMPILED_ALWAYS else pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize(("name", "implementation"), sampled(CASES.keys(), ["grouped_mm", "batched_mm"], share=13))
 def test_compiles_as_one_graph_or_says_that_it_does_not(name, implementation):
     torch.compiler.reset()
     model = CASES[name].model(layers=1).train()

@@ -8,7 +8,11 @@ from transformers import DynamicCache
 
 from moe_hf import MoEConfig, MoEError, MoEForCausalLM
 from moe_hf.modeling.routing_pass import RoutingPass, routing_pass
+from tests.sampling import sampled
 from tests.tiny_models import random_ids, randomise_, tiny_config
+
+
+pytestmark = pytest.mark.numerics
 
 
 CARRYING = {
@@ -21,6 +25,12 @@ CARRYING = {
         "router_kwargs": {"segment_length": 3},
     },
 }
+SETTINGS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "static_cache": {"cache_implementation": "static"},
+    "chunks": {"prefill_chunk_size": 4},
+}
 every_router = pytest.mark.parametrize("fields", CARRYING.values(), ids=CARRYING)
 
 
@@ -30,13 +40,9 @@ def model_of(family: str = "llama", **fields) -> MoEForCausalLM:
     return model.eval()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gemma2"])
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}],
-    ids=lambda settings: next(iter(settings), "greedy"),
+    ("fields", "settings", "family"), sampled(CARRYING, SETTINGS, ["llama", "gpt2", "falcon", "gemma2"], share=2)
 )
-@every_router
 def test_generating_with_a_cache_equals_generating_without(fields, settings, family):
     model, tokens = model_of(family, **fields), random_ids(2, 9)
     mask = torch.ones_like(tokens)

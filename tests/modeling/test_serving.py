@@ -13,7 +13,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moe_hf import MoEConfig, MoEError, MoEForCausalLM, upcycle
-from moe_hf.modeling.serving import VLLM_ATTENTION
+from moe_hf.modeling.serving import VLLM_ATTENTION, _is_silu
 from tests.tiny_models import random_ids, randomise_, tiny_config, tiny_dense
 
 
@@ -97,6 +97,23 @@ def test_vllm_is_given_what_it_computes(family, device):
     # What its backend looks for, to put its own experts there: the name, and tensors of three dimensions alone.
     assert len(experts) == 2
     assert all(parameter.dim() == 3 for module in experts for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("activation", "expected"),
+    [
+        (torch.nn.SiLU(), True),
+        (torch.nn.functional.silu, True),
+        # Its last bit may be another one.
+        (lambda x: x / (1 + torch.exp(-x)), True),
+        # As large as a SiLU at 1.
+        (torch.sigmoid, False),
+        (torch.nn.GELU(), False),
+        (torch.nn.ReLU(), False),
+    ],
+)
+def test_a_silu_is_known_by_its_values(activation, expected):
+    assert _is_silu(activation) == expected
 
 
 def test_code_that_travelled_names_the_versions_that_it_needs_before_it_fails_on_an_older_one(tmp_path, monkeypatch):

@@ -16,6 +16,9 @@ from tests.modeling.routed import context_of, route
 from tests.tiny_models import random_ids, tiny_config
 
 
+pytestmark = pytest.mark.numerics
+
+
 DENSE = {"router_type": "dense", "num_experts_per_tok": 4}
 MARGIN = {"router_type": "dense_margin", "num_experts_per_tok": 4}
 GATES = {"router_type": "bernoulli", "scoring_func": "sigmoid"}

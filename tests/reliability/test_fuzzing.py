@@ -71,7 +71,7 @@ def _run(strategy: st.SearchStrategy, test: Callable, examples: int = 60) -> Non
         print(f"{tried:,} examples, {refused:,} refused, {time.process_time() - start:.0f} s of processor time")
 
 
-@pytest.mark.timeout(0 if SECONDS else 120)
+@pytest.mark.timeout(0 if SECONDS else 900)
 class TestReaders:
     def test_fields_of_a_configuration(self):
         fields = st.dictionaries(st.sampled_from(sorted(OURS)), JSON, min_size=1, max_size=3)

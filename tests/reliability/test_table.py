@@ -9,7 +9,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
 TABLE = TESTS.parent / "docs" / "reliability.md"
-COUNTS = {"C": 22, "K": 24, "U": 18, "H": 18, "T": 12, "D": 8, "S": 8}
+COUNTS = {"C": 22, "K": 24, "U": 18, "H": 18, "T": 12, "D": 8, "S": 8, "M": 4}
 
 
 def _functions(file: str) -> set[str]:
@@ -37,7 +37,7 @@ def test_every_named_test_exists(document, least):
 def test_every_case_has_a_row():
     covered = set()
     for cell in re.findall(r"^\| ([^|]*) \|", TABLE.read_text(), re.MULTILINE):
-        for first, last in re.findall(r"([CKUHTDS]\d+)(?:-[CKUHTDS](\d+))?", cell):
+        for first, last in re.findall(r"([CKUHTDSM]\d+)(?:-[CKUHTDSM](\d+))?", cell):
             covered |= {f"{first[0]}{number}" for number in range(int(first[1:]), int(last or first[1:]) + 1)}
     assert {
         f"{letter}{number}" for letter, count in COUNTS.items() for number in range(1, count + 1)

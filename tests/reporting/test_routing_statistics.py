@@ -245,7 +245,7 @@ def test_memory_does_not_grow_with_the_text(kind):
             yield {"input_ids": random_ids(2, 16, seed=step)}
 
     statistics = routing_statistics(model, batches(40), against=model, sample_tokens=20)
-    assert statistics.num_tokens == 40 * 32 and sizes[1] == sizes[0]
+    assert statistics.num_tokens == 40 * 32 and sizes[1] <= sizes[0]
 
 
 def test_samples_are_the_first_tokens_and_their_expert_of_largest_weight(padded):

@@ -18,6 +18,7 @@ import transformers.modeling_utils
 
 from moe_hf.trainer import MoETrainer
 from moe_hf.trainer.checkpoints import newest_whole_checkpoint
+from tests.processes import PATIENCE_SECONDS
 from tests.trainer.runs import arguments, rows, tiny_moe
 
 
@@ -89,7 +90,7 @@ def forked(folder: Path, last: int | None, report: Path, background: bool) -> in
         return os.waitpid(child, 0)[1]
     status = 1
     try:
-        signal.alarm(120)
+        signal.alarm(PATIENCE_SECONDS)
         steps = Steps(last)
 
         class Killed(MoETrainer):

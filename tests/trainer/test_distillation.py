@@ -11,6 +11,9 @@ from tests.tiny_models import random_ids, tiny_dense
 from tests.trainer.runs import GradientRecorder, rows, tiny_moe
 
 
+pytestmark = pytest.mark.numerics
+
+
 QUIET = {
     "scope": "all", "max_steps": 1, "learning_rate": 1e-3, "max_grad_norm": 0.0, "save_strategy": "no", "report_to": "none",
     "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False, "logging_steps": 1,

@@ -13,7 +13,7 @@ from tests.processes import launch_once, shared_folder
 def found(tmp_path_factory) -> dict:
     folder = shared_folder(tmp_path_factory, "killed")
     command = [sys.executable, "-m", "tests.trainer.killed_saves", str(folder)]
-    launch_once(command, folder / "found.json", timeout=600)
+    launch_once(command, folder / "found.json")
     return json.loads((folder / "found.json").read_text())
 
 

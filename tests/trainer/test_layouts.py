@@ -70,9 +70,7 @@ class TwoLaunches:
         for quick in (True, False):
             names = [name for name in all_cases() if is_quick(name) == quick]
             (folder / str(quick)).mkdir(exist_ok=True)
-            self._launches[quick] = Cases(
-                "tests.trainer.layout_runs", folder / str(quick), arguments=names, timeout=900
-            )
+            self._launches[quick] = Cases("tests.trainer.layout_runs", folder / str(quick), arguments=names)
 
     def __getitem__(self, name: str):
         return self._launches[is_quick(name)][name]

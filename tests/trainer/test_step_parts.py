@@ -16,6 +16,9 @@ from tests.trainer.multiplier import HAS_TRL, trainer_of
 from tests.trainer.runs import arguments, losses, rows, tiny_moe
 
 
+pytestmark = pytest.mark.numerics
+
+
 KINDS = ("ours", "mixtral")
 
 

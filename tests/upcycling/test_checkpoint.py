@@ -22,9 +22,11 @@ from moe_hf.saving import verify_manifest
 from moe_hf.streaming import upcycle_checkpoint
 from moe_hf.upcycling.initialisers import INITIALISERS, Drop, Granular, Mix, Permute, Split
 from moe_hf.upcycling.on_disk.dense_checkpoint import NotStreamableError
+from moe_hf.upcycling.on_disk.weight_stream import _WORKERS
 from moe_hf.weight_files import CheckpointReader
 from moe_hf.weight_writer import FileWriter
 from tests.hub.clients import tiny_tokenizer
+from tests.sampling import sampled
 from tests.tiny_models import random_ids, tiny_dense
 
 
@@ -88,15 +90,14 @@ def _saved(tmp_path: Path, family: str = "llama", dtype=torch.float32, **overrid
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"max_shard_size": "5GB"}, {"noise": 0.1}], ids=["copy, one file", "noise, shards"]
+    ("family", "arguments"),
+    sampled(FAMILIES.keys(), {"copy, one file": {"max_shard_size": "5GB"}, "noise, shards": {"noise": 0.1}}, share=2),
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_has_the_bytes_of_the_model_in_memory(tmp_path, family, arguments):
     _assert_equal_to_memory(_saved(tmp_path, family, **FAMILIES[family]), tmp_path, num_experts=4, **arguments)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize(("init", "family"), sampled(INITS.keys(), ["llama", "gpt2"], share=2))
 def test_each_initialiser_has_the_bytes_of_the_model_in_memory(tmp_path, family, init):
     # A width whose quarters the CPU's grouped_mm takes in 16 bits.
     source = _saved(tmp_path, family, torch.bfloat16, **{"n_inner" if family == "gpt2" else "intermediate_size": 96})
@@ -113,16 +114,14 @@ def test_methods_that_look_at_data_see_the_same_hidden_states(tmp_path, init):
     _assert_equal_to_memory(source, tmp_path, num_experts=4, init=init, inputs=random_ids(4, 40))
 
 
-@pytest.mark.parametrize("rest", ["average", "base"])
-@pytest.mark.parametrize("family", ["llama", "apertus"])
+@pytest.mark.parametrize(("rest", "family"), sampled(["average", "base"], ["llama", "apertus"], share=2))
 def test_experts_of_several_checkpoints_have_the_bytes_of_the_model_in_memory(tmp_path, family, rest):
     source = _saved(tmp_path, family, torch.bfloat16)
     tiny_dense(family, seed=1).to(torch.bfloat16).save_pretrained(tmp_path / "other")
     _assert_equal_to_memory(source, tmp_path, num_experts=4, init=Mix(sources=[tmp_path / "other"], rest=rest))
 
 
-@pytest.mark.parametrize("fields", FIELDS)
-@pytest.mark.parametrize("family", ["llama", "starcoder2"])
+@pytest.mark.parametrize(("fields", "family"), sampled(FIELDS.keys(), ["llama", "starcoder2"], share=2))
 def test_each_layout_of_a_block_has_the_bytes_of_the_model_in_memory(tmp_path, family, fields):
     arguments = {"num_experts": 4, **FIELDS[fields]}
     _assert_equal_to_memory(_saved(tmp_path, family), tmp_path, allow_inexact=True, **arguments)
@@ -348,7 +347,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("noise", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 def test_memory_is_that_of_one_tensor_whatever_the_number_of_experts(tmp_path, noise):
     # One projection has 16 MiB, and the MoE of 8 experts 0.4 GiB.
     source = _saved(tmp_path, hidden_size=960, intermediate_size=4352, num_hidden_layers=1)
@@ -358,6 +357,7 @@ def test_memory_is_that_of_one_tensor_whatever_the_number_of_experts(tmp_path, n
         program = [sys.executable, "-c", MEMORY_PROGRAM, str(source), str(output), str(num_experts), str(noise)]
         result = subprocess.run(program, capture_output=True, text=True, check=True)
         grown[num_experts] = int(re.findall(r"\d+", result.stdout)[-1])
-    assert max(grown.values()) <= (64 + 16) << 20
+    # What each thread has in hand comes on top.
+    assert max(grown.values()) <= (64 + 8 * _WORKERS) << 20
     # One projection more or less is at hand when the threads take turns differently.
     assert grown[8] <= grown[2] + ((16 + 8) << 20)

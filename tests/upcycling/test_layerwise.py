@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_hf import MoEError, upcycle
 from moe_hf.upcycling.on_disk.layerwise import load_layerwise
-from moe_hf.upcycling.verification import relative_error
+from tests.closeness import close
 from tests.families import FAMILIES
 from tests.tiny_models import random_ids, tiny_config, tiny_dense, tiny_native_moe
 
@@ -45,14 +45,12 @@ def check_equal(folder, dtype=None):
     expected = logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval(), ids)
     model = load_layerwise(folder, dtype)
     first, again = logits_of(model, ids), logits_of(model, ids)
-    # Bit by bit but for where the tensors lie: matrix kernels round differently at other alignments.
-    tolerance = 1e-6 if expected.dtype == torch.float32 else 0
-    assert first.dtype == expected.dtype and relative_error(first, expected) <= tolerance
-    assert torch.equal(first, again)
+    assert close(first, expected) and close(again, expected)
     assert all(parameter.is_meta for parameter in model.parameters())
     return model
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", CASES)
 def test_logits_are_those_of_the_loaded_model(family, tmp_path):
     model = model_of(family, **CASES[family])
@@ -62,6 +60,7 @@ def test_logits_are_those_of_the_loaded_model(family, tmp_path):
     assert 0 < layerwise.peak_bytes < 0.45 * sum(p.nbytes for p in model.parameters())
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon_h1", "mixtral"])
 def test_a_16_bit_checkpoint_runs_in_float32_too(family, tmp_path):
     model_of(family).bfloat16().save_pretrained(tmp_path)
@@ -69,6 +68,7 @@ def test_a_16_bit_checkpoint_runs_in_float32_too(family, tmp_path):
     check_equal(tmp_path, torch.float32)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon_h1"])
 def test_this_packages_models_run_layer_by_layer(family, tmp_path):
     moe = upcycle(tiny_dense(family), num_experts=4, shared_expert_intermediate_size=88, shared_expert_gate=True)
@@ -76,6 +76,7 @@ def test_this_packages_models_run_layer_by_layer(family, tmp_path):
     check_equal(tmp_path)
 
 
+@pytest.mark.numerics
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_dense_family_runs_layer_by_layer(family, tmp_path):
@@ -83,6 +84,7 @@ def test_every_dense_family_runs_layer_by_layer(family, tmp_path):
     check_equal(tmp_path)
 
 
+@pytest.mark.numerics
 def test_a_checkpoint_without_the_heads_prefix_is_read(tmp_path):
     # As the original files of gpt2 are: `h.0...` in place of `transformer.h.0...`, and no head.
     dense = tiny_dense("gpt2", tie_word_embeddings=True)

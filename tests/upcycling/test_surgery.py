@@ -10,6 +10,7 @@ from moe_hf import MoEConfig, MoEError, MoEForCausalLM, upcycle, verify
 from moe_hf.finetuning import apply_scope
 from moe_hf.upcycling.surgery import add_experts, grow_experts, remove_experts, replace_experts
 from moe_hf.upcycling.verification import relative_error
+from tests.closeness import bitwise, close
 from tests.tiny_models import random_ids, randomise_, tiny_config, tiny_dense
 
 
@@ -174,9 +175,11 @@ def test_the_dense_mlp_as_a_further_expert_leaves_an_upcycled_model_exact(fields
     assert verify(dense, model).relative_error <= 1e-6
 
 
+@pytest.mark.numerics
 def test_replacing_an_expert_by_itself_changes_nothing_and_by_another_only_that_one():
     model, other = tiny_moe(), tiny_moe(seed=1)
-    assert torch.equal(logits(replace_experts(model, {2: 2})), logits(model))
+    same = replace_experts(model, {2: 2})
+    assert bitwise(same.state_dict(), model.state_dict()) and close(logits(same), logits(model))
     new = replace_experts(model, {2: (other, 0)})
     taken = replace_experts(model, {2: (other, 0)}, router_rows="source")
     for own, their, kept, source in zip(*map(blocks, (model, other, new, taken)), strict=True):
@@ -224,11 +227,12 @@ def test_the_given_model_is_unchanged_and_shares_nothing(operate):
     assert new.lm_head.weight is new.get_input_embeddings().weight
 
 
+@pytest.mark.numerics
 def test_result_is_saved_and_loaded_as_it_is(tmp_path):
     new = add_experts(tiny_moe(), [0, 1], router_noise=0.1, num_experts_per_tok=3)
     new.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded), logits(new))
+    assert bitwise(loaded.state_dict(), new.state_dict()) and close(logits(loaded), logits(new))
     assert last_step(loaded) == last_step(new)
     assert last_step(new)["num_experts"] == [4, 6] and last_step(new)["num_experts_per_tok"] == [2, 3]
 

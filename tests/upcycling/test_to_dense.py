@@ -7,6 +7,7 @@ from moe_hf import MoEConfig, MoEError, MoEForCausalLM, upcycle
 from moe_hf.upcycling.initialisers import Granular, Permute
 from moe_hf.upcycling.surgery.to_dense import to_dense
 from moe_hf.upcycling.verification import relative_error
+from tests.sampling import sampled
 from tests.tiny_models import random_ids, randomise_, tiny_config, tiny_dense
 
 
@@ -47,23 +48,21 @@ def test_what_was_upcycled_comes_back_bit_by_bit(family, method):
     assert back.config.to_diff_dict() == dense.config.to_diff_dict()
 
 
+EXACT_FORMS = {
+    "shared": {"shared_expert_intermediate_size": 88},
+    "gated shared": {"shared_expert_intermediate_size": 88, "shared_expert_gate": True, "shared_share": 0.25},
+    "wide shared, scaled": {"shared_expert_intermediate_size": 104, "routed_scaling_factor": 2.5},
+    "wide experts, dense layer": {"first_k_dense_replace": 1, "moe_intermediate_size": 120},
+}
+
+
 @pytest.mark.parametrize("num_experts", [3, 6, 7])
 def test_average_of_equal_experts_is_that_expert_for_any_number(num_experts):
     dense = tiny_dense("llama").bfloat16()
     assert_same_bits(to_dense(upcycle(dense, num_experts=num_experts)), dense)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"shared_expert_intermediate_size": 88},
-        {"shared_expert_intermediate_size": 88, "shared_expert_gate": True, "shared_share": 0.25},
-        {"shared_expert_intermediate_size": 104, "routed_scaling_factor": 2.5},
-        {"first_k_dense_replace": 1, "moe_intermediate_size": 120},
-    ],
-    ids=["shared", "gated shared", "wide shared, scaled", "wide experts, dense layer"],
-)
+@pytest.mark.parametrize(("family", "fields"), sampled(FAMILIES, EXACT_FORMS, share=2))
 def test_exact_forms_come_back_with_the_width_of_the_dense_model(family, fields):
     dense = tiny_dense(family)
     for method in ("average", "merged"):

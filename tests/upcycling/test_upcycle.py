@@ -10,6 +10,9 @@ from moe_hf.upcycling.router_init import NormalRouter
 from tests.tiny_models import random_ids, tiny_dense, tiny_native_moe
 
 
+pytestmark = pytest.mark.numerics
+
+
 EXACT_FIELDS = {
     "plain": {},
     "sigmoid": {"scoring_func": "sigmoid"},

@@ -9,7 +9,11 @@ from moe_hf import MoEError, upcycle, verify
 from moe_hf.upcycling import verification
 from moe_hf.upcycling.on_disk import layerwise
 from moe_hf.upcycling.probe import RoutingRecorder, probe_routing
+from tests.sampling import sampled
 from tests.tiny_models import random_ids, tiny_dense, tiny_native_moe
+
+
+pytestmark = pytest.mark.numerics
 
 
 def save(folder, **models):
@@ -18,8 +22,10 @@ def save(folder, **models):
     return [folder / name for name in models]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon_h1"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    sampled(["llama", "gpt2", "opt", "falcon_h1"], {"float32": torch.float32, "bfloat16": torch.bfloat16}, share=2),
+)
 def test_folders_are_verified_as_models_are(family, dtype, tmp_path):
     dense = tiny_dense(family).to(dtype)
     moe = upcycle(dense, num_experts=4, noise=0.1)

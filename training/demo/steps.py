@@ -35,8 +35,7 @@ for prompt in prompts:
     output = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=20)
     samples.append(tokenizer.decode(output[0]))
 difference = (logits - saved["logits"]).abs().max().item()
-facts = {"class": type(model).__name__, "max_abs_error": difference, "equal": torch.equal(logits, saved["logits"])}
-print(json.dumps(facts | {"samples": samples}))
+print(json.dumps({"class": type(model).__name__, "max_abs_error": difference, "samples": samples}))
 """
 
 
