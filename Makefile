@@ -10,8 +10,22 @@ WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 SOURCES := moe_hf training examples benchmarks tests docs
 
+# The tests that lean most on other libraries, in under 4 minutes: routing with caches, blocks, save and load, trainer.
+SLICE := tests/test_versions.py $(addprefix tests/modeling/, test_routing_cache.py test_routing_ids.py \
+	test_output_mixture.py test_moe_block.py test_remote_code.py test_behaviour.py test_layout.py test_serving.py) \
+	$(addprefix tests/trainer/, test_trainer.py test_resume.py) tests/finetuning/test_lora_files.py tests/hub/test_hub.py
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+
+# An environment $(1) in front of .venv: it has what is installed into it, and of the rest what .venv has.
+define IN_FRONT
+$(BIN)/python -m venv --clear --without-pip $(1)
+$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth
+endef
+RUN_SLICE = $(TEST_ENV) OTHER_PYTHON=$(CURDIR)/$(BIN)/python $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(SLICE)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-all numerics test-gpu conformance interop check-real docs docs-serve style quality clean
+.PHONY: help demo setup test test-all test-oldest newest numerics test-gpu conformance interop check-real docs docs-serve style quality clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,6 +47,20 @@ test: $(STAMP)  ## the tests that every change runs, under 25 minutes on 2 cores
 
 test-all: $(STAMP)  ## the tests, the slow ones too
 	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist worksteal -m 'not gpu and not conformance and not interop' --timeout 3600
+
+$(OLDEST)/.installed: $(STAMP) constraints-oldest.txt
+	$(call IN_FRONT,$(OLDEST))
+	$(BIN)/python -m pip --python $(OLDEST) install --quiet --no-warn-conflicts --requirement constraints-oldest.txt
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed  ## a slice of the tests on the oldest versions that pyproject.toml allows, torch excepted
+	$(call RUN_SLICE,$(OLDEST))
+
+newest: $(STAMP)  ## the slice on the newest of everything but torch, and which private names of other libraries changed there
+	$(call IN_FRONT,$(NEWEST))
+	$(BIN)/python -m pip --python $(NEWEST) install --quiet --upgrade --upgrade-strategy eager --no-warn-conflicts \
+		--editable '.[dev]' $$(sed -n 's/^\(torch==.*\)/\1/p; /^#/d; /^torch==/d; s/==.*//p' constraints.txt)
+	$(call RUN_SLICE,$(NEWEST)); status=$$?; $(BIN)/python -m tests.doors $(NEWEST)/bin/python; exit $$status
 
 numerics: $(STAMP)  ## what compares computed values, under each kind of kernels of this machine (ONLY=sse|avx2|avx512|2-threads|busy|misaligned)
 	$(TEST_ENV) $(BIN)/python -m tests.check_numerics $(if $(ONLY),--only $(ONLY))
@@ -65,4 +93,4 @@ quality: $(STAMP)  ## what CI checks before the tests
 	$(BIN)/ruff format --check $(SOURCES)
 
 clean:  ## remove the environment, builds and the demo's output
-	rm -rf $(VENV) demo conformance interop dist build outputs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) demo conformance interop dist build outputs .pytest_cache .ruff_cache .hypothesis

@@ -42,6 +42,7 @@ from moe_hf.inference import (
     save_low_memory,
 )
 from moe_hf.inference.footprint import logit_error, logits_of
+from moe_hf.modeling.cache_names import named_cache
 
 
 SIZES = {
@@ -110,7 +111,7 @@ def run(model: PreTrainedModel, prompt: torch.Tensor, new: torch.Tensor) -> tupl
     output = model(input_ids=prompt, use_cache=True)
     middle = time.process_time()
     for token in new.split(1, dim=1):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **named_cache(output))
     return middle - start, time.process_time() - middle
 
 

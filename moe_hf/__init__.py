@@ -2,7 +2,8 @@
 
 from importlib import import_module
 
-from moe_hf.auto_classes import check_installed_transformers, register_when_loaded
+from moe_hf.auto_classes import register_when_loaded
+from moe_hf.versions import check_installed_transformers, warn_of_untested_versions
 
 
 __version__ = "0.1.0"
@@ -97,4 +98,5 @@ def __dir__() -> list[str]:
 
 
 check_installed_transformers()
+warn_of_untested_versions()
 register_when_loaded()

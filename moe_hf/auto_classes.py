@@ -4,16 +4,11 @@ Loading torch and the Auto classes takes seconds, which the help of a command sh
 """
 
 import sys
-from importlib import import_module, metadata
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 
-from packaging.version import Version
 
-
-# Also in configuration_moe.py, which travels without this file; here it is checked before transformers is loaded, since
-# an old one fails in the middle of the models' imports. A test compares both with pyproject.toml.
-SUPPORTED_TRANSFORMERS = ("5.23.0", "6")
 # Every Auto class is defined here or in a module that imports it.
 AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 
@@ -47,17 +42,6 @@ class _RegisterWhenLoaded(MetaPathFinder):
 
         spec.loader.exec_module = run_and_register
         return spec
-
-
-def check_installed_transformers() -> None:
-    """Raise `ImportError` when the installed transformers is outside the supported range."""
-    lowest, beyond = SUPPORTED_TRANSFORMERS
-    version = metadata.version("transformers")
-    if not Version(lowest) <= Version(version) < Version(beyond):
-        raise ImportError(
-            f"moe_hf works with transformers >= {lowest}, < {beyond}, and {version} is installed: "
-            f"pip install 'transformers>={lowest},<{beyond}'."
-        )
 
 
 def _register() -> None:

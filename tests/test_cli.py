@@ -63,10 +63,15 @@ def test_help_answers_before_torch_could_be_imported():
     assert 2 * help_seconds < seconds_of("-c", "import torch")[0]
 
 
-def test_version_is_the_package_version():
+def test_version_is_the_package_version_then_those_installed_and_tested():
     import moe_hf
+    from moe_hf.versions import TESTED
 
-    assert run("--version").output.strip() == f"moe-hf {moe_hf.__version__}"
+    first, *rest = run("--version").output.splitlines()
+    assert first == f"moe-hf {moe_hf.__version__}"
+    assert [line.split()[0] for line in rest] == list(TESTED)
+    oldest, newest = TESTED["torch"]
+    assert f"torch {torch.__version__} (tested {oldest} to {newest})" in rest
 
 
 def test_upcycled_folder_gives_the_dense_logits(folders):

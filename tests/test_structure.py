@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedConfig
 
-from moe_hf import MoEConfig, auto_classes
+from moe_hf import MoEConfig, versions
 from moe_hf.modeling import configuration_moe
 
 
@@ -23,7 +23,7 @@ PROGRAMS = [
 TRAVELLING = [path for path in sorted((PACKAGE / "modeling").glob("*.py")) if path.name != "__init__.py"]
 MODELING_ORDER = [
     "config_checks",
-    ("config_fields", "routing_ids", "presets", "index_names"),
+    ("cache_names", "config_fields", "routing_ids", "presets", "index_names"),
     "configuration_moe",
     ("routing", "dense_mlp", "routing_cache"),
     "dense_classes",
@@ -40,7 +40,7 @@ MODELING_ORDER = [
 # A part imports only from its own layer and those before, and no two parts import each other.
 LAYERS = [
     {"modeling"},
-    {"auto_classes"},
+    {"auto_classes", "versions"},
     {"errors"},
     {
         "resources",
@@ -284,7 +284,7 @@ def test_names_and_make_targets_in_the_documents_exist():
 
 
 def test_supported_transformers_are_the_same_everywhere():
-    lowest, beyond = auto_classes.SUPPORTED_TRANSFORMERS
+    lowest, beyond = versions.SUPPORTED_TRANSFORMERS
     assert (lowest, beyond) == configuration_moe.SUPPORTED_TRANSFORMERS
     (required,) = re.findall(r'"transformers(>[^"]*)"', (ROOT / "pyproject.toml").read_text())
     assert required == f">={lowest.removesuffix('.0')},<{beyond}"
@@ -292,9 +292,9 @@ def test_supported_transformers_are_the_same_everywhere():
 
 @pytest.mark.parametrize("version", ["4.57.1", "5.22.0", "6.0.0"])
 def test_importing_with_another_transformers_is_one_clear_sentence(version, monkeypatch):
-    monkeypatch.setattr(auto_classes.metadata, "version", lambda name: version)
+    monkeypatch.setattr(versions.metadata, "version", lambda name: version)
     with pytest.raises(ImportError, match=f"5.23.0, < 6, and {version} is installed"):
-        auto_classes.check_installed_transformers()
+        versions.check_installed_transformers()
 
 
 def test_importing_the_package_loads_no_torch():

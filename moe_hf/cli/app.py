@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_hf import __version__
+from moe_hf.versions import TESTED, installed_versions
 
 
 if TYPE_CHECKING:
@@ -36,13 +37,22 @@ def main() -> None:
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"moe-hf {__version__}")
+        for name, version in installed_versions().items():
+            oldest, newest = TESTED[name]
+            typer.echo(f"{name} {version} (tested {oldest}{'' if oldest == newest else f' to {newest}'})")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the versions, installed and tested, and exit.",
+        ),
     ] = False,
 ) -> None:
     # The help says what the application is; the commands do the work.

@@ -37,4 +37,4 @@ def _check_save(model: MoEPreTrainedModel) -> None:
 
 
 MoEPreTrainedModel.push_hook = _push
-MoEPreTrainedModel.save_check = _check_save
+MoEPreTrainedModel.save_check = staticmethod(_check_save)

@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from packaging.version import Version
 from transformers import AutoConfig, PreTrainedConfig, configuration_utils
 
+from .cache_names import CACHE_NAMES
 from .config_checks import (
     UNNORMALISED,
     MoEError,
@@ -177,7 +178,7 @@ class MoEConfig(PreTrainedConfig):
         "text_config": configuration_utils.SubConfigSpec(AutoConfig, model_type="llama", optional=True),
     }
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        "past_key_values",
+        *CACHE_NAMES,
         "aux_loss",
         "router_logits",
         "router_losses",

@@ -26,6 +26,7 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gener
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from .cache_names import cache_of, named_arguments
 from .configuration_moe import MoEConfig, MoEError
 from .custom_code import CUSTOM_CODE  # noqa: F401 - importing it registers them
 from .dense_classes import LABEL_FIELDS, check_model_arguments, classifier_class, decoder_class
@@ -73,7 +74,7 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
     # push tokenizer and card along; code that travelled with a checkpoint does without.
     push_hook = None
     # Called as `save_check(model)` before a save, likewise: it refuses to lose what trains.
-    save_check = None
+    save_check = staticmethod(lambda model: None)
 
     def __new__(cls, config=None, *args, **kwargs):
         if cls._dense_class is None:
@@ -176,8 +177,7 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the code that defines the model goes along, for all Auto classes."""
-        if (check := MoEPreTrainedModel.save_check) is not None:
-            check(self)
+        MoEPreTrainedModel.save_check(self)
         self.config.auto_map = {
             "AutoConfig": "configuration_moe.MoEConfig",
             "AutoModel": "modeling_moe.MoEModel",
@@ -202,7 +202,7 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         return super().push_to_hub(repo_id, **kwargs) if hook is None else hook(self, repo_id, **kwargs)
 
     def _named_arguments(self, args: tuple, kwargs: dict) -> dict:
-        return dict(zip(self._forward_names, args, strict=False)) | kwargs
+        return named_arguments(self._forward_names, args, kwargs)
 
     def _take_flag(self, named: dict, name: str) -> bool:
         """Take a flag that the dense forward does not know out of its arguments; the config has the default."""
@@ -218,7 +218,7 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         if (tokens := named.get("inputs_embeds") if named.get("input_ids") is None else named["input_ids"]) is None:
             return
         shape = current.batch_size, current.sequence_length = tokens.shape[:2]
-        reason, past = why_no_cache(self.config), named.get("past_key_values")
+        reason, past = why_no_cache(self.config), cache_of(named)
         if reason is not None and past is not None and past.get_seq_length() > 0:
             raise MoEError(reason)
         attention_mask, position_ids = named.get("attention_mask"), named.get("position_ids")

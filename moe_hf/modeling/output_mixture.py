@@ -8,13 +8,14 @@ Letters: B batch, S sequence, T = B * S tokens, D model width, E experts, V voca
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 from transformers.utils import ModelOutput
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
+from .cache_names import cache_of, named_cache
 from .config_checks import MoEError
 from .routing import wide
 
@@ -60,13 +61,11 @@ class OutputMixture:
                 state if state.shape == expected else self._mean(state.reshape(shape)) for state in states
             )
         self.outputs = outputs
-        return self.ending_with(self.hidden_states[0, :, -1:], outputs.get("past_key_values"))
+        return self.ending_with(self.hidden_states[0, :, -1:], cache_of(outputs))
 
-    def ending_with(self, hidden_states: torch.Tensor, past_key_values: Any = None) -> ModelOutput:
+    def ending_with(self, hidden_states: torch.Tensor, cache: Cache | None = None) -> ModelOutput:
         """The decoder's output with other last hidden states, for a head to read."""
-        changed = {"last_hidden_state": hidden_states}
-        if "past_key_values" in self.outputs:
-            changed["past_key_values"] = past_key_values
+        changed = {"last_hidden_state": hidden_states} | dict.fromkeys(named_cache(self.outputs), cache)
         return type(self.outputs)(**{**self.outputs, **changed})
 
     def _mean(self, states: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import CompileableContextVar
 
+from .cache_names import cache_of
 from .configuration_moe import MoEError
 from .losses import LayerRouting
 from .output_mixture import OutputMixture
@@ -50,8 +51,7 @@ class RoutingPass:
 
     def keep_carry(self, outputs: Any) -> None:
         """Put what the routers carry on into the cache that the model returns, where it returns one."""
-        cache = outputs.get("past_key_values")
-        if self.carry and cache is not None:
+        if self.carry and (cache := cache_of(outputs)) is not None:
             keep_carry(cache, self.carry)
 
     def for_sub_tokens(self, heads: int) -> "RoutingPass":

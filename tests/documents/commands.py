@@ -102,7 +102,8 @@ def inline_complaints(text: str) -> Iterator[str]:
     everywhere = set().union(OF_ACCELERATE, *options.values(), _program_options(), {"--version"})
     for span in INLINE.findall(text):
         words = span.split()
-        command = words[1] if words[0] == "moe-hf" and len(words) > 1 and words[1].islower() else None
+        names_command = words[0] == "moe-hf" and len(words) > 1 and words[1].islower() and words[1][0] != "-"
+        command = words[1] if names_command else None
         if command is not None and command not in options:
             yield f"moe-hf {command}"
             continue

@@ -31,13 +31,13 @@ torch.save(model(ids).logits.detach(), again + "/logits.pt")
 """
 
 
-def run_without_moe_hf(program: str, folder: Path, ids: torch.Tensor) -> Path:
+def run_without_moe_hf(program: str, folder: Path, ids: torch.Tensor, python: str = sys.executable) -> Path:
     """Run `program`, which finds `folder/saved` and `folder/again` as `folder` and `again`, and `ids`; returns the latter."""
     saved, again = folder / "saved", folder / "again"
     torch.save(ids, saved / "ids.pt")
     environment = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     done = subprocess.run(
-        [sys.executable, "-c", BLOCKED + program, str(saved), str(again)],
+        [python, "-c", BLOCKED + program, str(saved), str(again)],
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,

@@ -1,12 +1,15 @@
 """Routers that decide by earlier tokens decode with a cache as they do without one."""
 
 import copy
+import logging
 
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.utils import logging as transformers_logging
 
 from moe_hf import MoEConfig, MoEError, MoEForCausalLM
+from moe_hf.modeling.cache_names import CACHE_NAMES, named_cache
 from moe_hf.modeling.routing_pass import RoutingPass, routing_pass
 from tests.sampling import sampled
 from tests.tiny_models import random_ids, randomise_, tiny_config
@@ -31,6 +34,7 @@ SETTINGS = {
     "static_cache": {"cache_implementation": "static"},
     "chunks": {"prefill_chunk_size": 4},
 }
+LIKELIHOOD = {"output_mixture": "likelihood", "router_type": "dense", "num_experts_per_tok": 8}
 every_router = pytest.mark.parametrize("fields", CARRYING.values(), ids=CARRYING)
 
 
@@ -64,6 +68,37 @@ def test_chunks_of_any_size_equal_the_whole(fields, sizes):
     cache = DynamicCache(config=model.config)
     parts = [model(part, past_key_values=cache).logits for part in tokens.split(sizes, 1)]
     assert torch.allclose(torch.cat(parts, 1), model(tokens, use_cache=False).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+@torch.no_grad()
+def test_the_cache_is_read_under_either_name_without_a_warning(name, recwarn):
+    model, tokens = model_of(**CARRYING["prefix"]), random_ids(2, 11)
+    cache = DynamicCache(config=model.config)
+    parts = [model(part, **{name: cache}).logits for part in tokens.split(4, 1)]
+    assert torch.allclose(torch.cat(parts, 1), model(tokens, use_cache=False).logits, atol=1e-5)
+    assert torch.equal(model(tokens, **{name: None}).logits, model(tokens).logits)
+    assert [str(warning.message) for warning in recwarn if "deprecated" in str(warning.message)] == []
+    with pytest.raises(MoEError, match="cache and past_key_values are two names of one argument"):
+        model(tokens, cache=cache, past_key_values=DynamicCache(config=model.config))
+
+
+@pytest.mark.parametrize("fields", [{}, CARRYING["prefix"], LIKELIHOOD], ids=str)
+@torch.no_grad()
+def test_nothing_that_transformers_calls_deprecated_is_used(fields):
+    model, tokens, messages = model_of(**fields), random_ids(2, 7), []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    transformers_logging.warning_once.cache_clear()
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        first = model(tokens)
+        model(tokens[:, :1], **named_cache(first))
+        model.generate(tokens, max_new_tokens=3, do_sample=False)
+        model.model(tokens)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert [message for message in messages if "deprecated" in message] == []
 
 
 @every_router

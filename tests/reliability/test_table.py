@@ -1,4 +1,4 @@
-"""The table of `docs/reliability.md` is complete, and the tests that it and `docs/distributed.md` name exist."""
+"""The table of `docs/reliability.md` is complete, and the tests that it, `docs/distributed.md` and `docs/versions.md` name exist."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
 TABLE = TESTS.parent / "docs" / "reliability.md"
-COUNTS = {"C": 22, "K": 24, "U": 18, "H": 18, "T": 12, "D": 8, "S": 8, "M": 4}
+COUNTS = {"C": 22, "K": 24, "U": 18, "H": 18, "T": 15, "D": 8, "S": 8, "M": 4, "V": 7}
 
 
 def _functions(file: str) -> set[str]:
@@ -17,7 +17,7 @@ def _functions(file: str) -> set[str]:
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize(("document", "least"), [("reliability.md", 80), ("distributed.md", 25)])
+@pytest.mark.parametrize(("document", "least"), [("reliability.md", 80), ("distributed.md", 25), ("versions.md", 40)])
 def test_every_named_test_exists(document, least):
     default = file = None
     named = []
@@ -37,7 +37,7 @@ def test_every_named_test_exists(document, least):
 def test_every_case_has_a_row():
     covered = set()
     for cell in re.findall(r"^\| ([^|]*) \|", TABLE.read_text(), re.MULTILINE):
-        for first, last in re.findall(r"([CKUHTDSM]\d+)(?:-[CKUHTDSM](\d+))?", cell):
+        for first, last in re.findall(r"([CKUHTDSMV]\d+)(?:-[CKUHTDSMV](\d+))?", cell):
             covered |= {f"{first[0]}{number}" for number in range(int(first[1:]), int(last or first[1:]) + 1)}
     assert {
         f"{letter}{number}" for letter, count in COUNTS.items() for number in range(1, count + 1)
