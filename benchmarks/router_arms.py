@@ -214,6 +214,7 @@ def start_model(arm: Arm, dense: PreTrainedModel, seed: int) -> PreTrainedModel:
         return model
     torch.manual_seed(seed)
     config = moe_hf.MoEConfig(text_config=copy.deepcopy(dense.config), **arm.config_fields)
+    config.upcycling = model.config.upcycling  # what the experts were divided by
     return take_over(
         model, moe_hf.MoEForCausalLM(config), skip=("mlp.experts.", "mlp.gate.") if arm.new_experts else ()
     )

@@ -17,6 +17,7 @@ from benchmarks.study import MOE
 from moe_hf import update_correction_bias
 from moe_hf.modeling.moe_block import Router
 from moe_hf.trainer.expert_balance import update_router_state
+from moe_hf.upcycling.expected_weight import recorded_weight
 
 
 def routers_of(model: nn.Module) -> dict[str, Router]:
@@ -102,16 +103,18 @@ class LoadRecorder:
 def calibrate(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> list[float]:
     """Divide the experts' output by the mean sum of a token's weights on `batch`, layer by layer; return those sums.
 
-    Where weights sum to 1 nothing changes. Where they do not, the MoE starts near the dense model all the same.
+    Where weights sum to 1 nothing changes. Where they do not, the MoE starts near the dense model all the same. What
+    upcycling has divided by already, as measured on other tokens, is taken into account.
     """
     sums: dict[str, float] = {}
     model.eval()
     with watched(model, lambda name, _, output: sums.update({name: float(weights_of(output).sum(-1).mean())})):
         model(**batch, use_cache=False)
     for name, total in sums.items():
-        if abs(total - 1) > 1e-3:
-            experts = model.get_submodule(name.removesuffix(".gate")).experts
-            experts.down_proj.div_(total)
+        block = model.get_submodule(name.removesuffix(".gate"))
+        ratio = total / recorded_weight(model.config, block.gate.layer_index)
+        if abs(ratio - 1) > 1e-3:
+            block.experts.down_proj.div_(ratio)
     return list(sums.values())
 
 

@@ -16,11 +16,11 @@ from moe_hf.errors import MoEError
 from moe_hf.finetuning import scope_parameter_names
 from moe_hf.inspection import ModelFacts, inspect_model, load_config
 from moe_hf.interchange import exact_targets
-from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.unwrapping import path_of
 from moe_hf.upcycling.initialisers import Initialiser
 from moe_hf.upcycling.prepare import prepare
 from moe_hf.upcycling.router_init import RouterInit
+from moe_hf.upcycling.sources import check_dense_config, check_dense_model
 from moe_hf.weight_files import CheckpointReader
 
 
@@ -173,12 +173,10 @@ def plan_upcycling(
 def dense_on_meta(source: str) -> PreTrainedModel:
     """The dense model without numbers, in the dtype that it would be loaded in."""
     config = load_config(source)
-    if isinstance(config, MoEConfig):
-        raise MoEError(f"{source} is a moe_hf model already; give a dense model.")
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise MoEError(f"{source} is a {config.model_type} model, which is no causal language model of transformers.")
+    check_dense_config(config, source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=_dtype(source, config))
+    check_dense_model(model, source)
     model.tie_weights()
     model.name_or_path = source
     return model

@@ -159,7 +159,9 @@ class _Job:
                 dense.check_mlp(site)
         self.tokenizer = _tokenizer(folder)
         check_vocabulary(self.moe, self.tokenizer)
-        seen = observe(self.method, self.config, lambda: load_layerwise(folder), inputs, lambda: self.tokenizer)
+        seen = observe(
+            self.method, self.config, lambda: load_layerwise(folder), self.sites, inputs, lambda: self.tokenizer
+        )
         # The Hub's cache calls a folder by its commit.
         revision = {"revision": folder.name} if folder.parent.name == "snapshots" else {}
         recorded = {"source": str(source), **revision, **self.method.to_dict()}

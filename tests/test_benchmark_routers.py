@@ -154,8 +154,9 @@ def test_calibration_divides_by_the_mean_weight_sum_and_leaves_sums_of_one_alone
     before = [layer.mlp.experts.down_proj.clone() for layer in scaled.model.layers]
     sums = calibrate(scaled, batch)
     assert all(0.25 < total < 1 for total in sums)
-    for layer, old, total in zip(scaled.model.layers, before, sums, strict=True):
-        assert torch.allclose(layer.mlp.experts.down_proj * total, old)
+    divided = scaled.config.upcycling["expected_weight"]
+    for layer, old, total, given in zip(scaled.model.layers, before, sums, divided, strict=True):
+        assert torch.allclose(layer.mlp.experts.down_proj * total, old * given)
 
 
 def test_differences_between_choices_are_shares_of_what_either_chooses():

@@ -107,6 +107,7 @@ def load_model(path: str, dtype: str = "auto") -> "PreTrainedModel":
 
     from moe_hf.errors import MoEError
     from moe_hf.inspection import load_config
+    from moe_hf.upcycling.sources import check_all_loaded
     from moe_hf.weight_checks import check_structure
 
     if dtype not in DTYPES:
@@ -116,7 +117,10 @@ def load_model(path: str, dtype: str = "auto") -> "PreTrainedModel":
     if folder.is_dir():
         path = str(folder)
         check_structure(folder)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    chosen = dtype if dtype == "auto" else getattr(torch, dtype)
+    model, report = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, output_loading_info=True)
+    check_all_loaded(model, report, path)
+    return model
 
 
 def load_tokenizer(source: str) -> "PreTrainedTokenizerBase | None":

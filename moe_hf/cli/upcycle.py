@@ -190,10 +190,14 @@ def _in_memory(
 ) -> None:
     from moe_hf.errors import MoEError
     from moe_hf.hub import save_model
+    from moe_hf.inspection import load_config
     from moe_hf.upcycling import upcycle as upcycle_model
+    from moe_hf.upcycling.sources import check_dense_config
 
     if streamed_only:
         raise MoEError(f"--restart and --no-verify need --dtype auto; with {dtype} the model is converted in memory.")
+    # With all its parts, of which loading a causal language model may leave some out.
+    check_dense_config(load_config(source), source)
     with quiet_transformers():
         moe = upcycle_model(load_model(source, dtype), **arguments)
         save_model(moe, load_tokenizer(source), destination, max_shard_size=max_shard_size)

@@ -32,6 +32,11 @@ def mix_predictions(model: PreTrainedModel, named: dict, mixture: OutputMixture)
     try:
         outputs = model.run_dense(rest)
     except RuntimeError as error:
+        if model.dtype == torch.float64 and model.config._experts_implementation == "grouped_mm":
+            raise MoEError(
+                "experts_implementation='grouped_mm' does not compute in float64: call "
+                "model.set_experts_implementation('eager') first."
+            ) from error
         if mixture.log_weights is None or mixture.hidden_states is not None or isinstance(error, OutOfMemoryError):
             raise
         raise MoEError(NOT_HERE) from error  # the dense layers have no place for (E, B, S, D)

@@ -227,6 +227,7 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
             current.token_mask = mask_of_tokens(attention_mask, shape, past)
         elif attention_mask is None and position_ids is not None and position_ids.dim() == 2 and shape[1] > 1:
             current.document_ids = document_ids_of(position_ids, shape)
+        current.place_tokens(self.config, position_ids, attention_mask, past)
         if carries_on(self.config) and not is_torchdynamo_compiling():
             current.carried = carried_by(past, position_ids)
         if ids is not None:
@@ -355,9 +356,7 @@ class _MoEClassifier(_MoEWithHead):
 
     def __init__(self, config: MoEConfig, *args, **kwargs):
         if config.router_loss_coefs.get("policy_gradient_loss"):
-            raise MoEError(
-                "policy_gradient_loss rewards predicted tokens, and a classifier predicts none: leave it out."
-            )
+            raise MoEError("policy_gradient_loss rewards predictions, and a classifier makes none: leave it out.")
         for name in LABEL_FIELDS:
             setattr(config.text_config, name, getattr(config, name))
         if not hasattr(config, "pad_token_id"):

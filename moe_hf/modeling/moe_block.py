@@ -75,8 +75,9 @@ class MoEBlock(nn.Module):
         token_index, segment_index = (*more, None, None)[:2]
         current = current_routing_pass()
         if self.predicts_one_by_one and current is not None and current.mixture is not None:
-            current.mixture.log_weights = wide(router_logits).log_softmax(-1)
             output = self._run_one_by_one(tokens)  # (E, T, D)
+            # After it, so that what fails before is not taken for the decoder's.
+            current.mixture.log_weights = wide(router_logits).log_softmax(-1)
         elif segment_index is not None:
             output = self.experts(routed, top_k_index, top_k_weights, segment_index)  # (T, D)
             output = self._count_bias_once(output, top_k_index, top_k_weights)

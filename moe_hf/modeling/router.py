@@ -148,6 +148,7 @@ class Router(nn.Module):
             batch_size=current.batch_size,
             sequence_length=current.sequence_length,
             token_mask=current.token_mask,
+            positions=self._positions(current, router_logits),
             document_ids=current.document_ids,
             ids=current.ids,
             open_experts=None if self.config.expert_group_prior is not None else current.open_experts,
@@ -158,6 +159,11 @@ class Router(nn.Module):
             state={name: getattr(self, name) for name in self.state_names},
             carried=carried,
         )
+
+    def _positions(self, current: RoutingPass, router_logits: torch.Tensor) -> torch.Tensor | None:
+        if not self.arguments.get("spread_ties"):
+            return None
+        return current.positions_of_tokens(len(router_logits), router_logits.device)
 
     def update_state(self, observed: dict[str, torch.Tensor]) -> None:
         """Move the state by what was `observed` since the last update, which starts anew; nothing observed, no move."""

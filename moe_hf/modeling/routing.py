@@ -40,6 +40,8 @@ class RoutingContext:
         training: whether the model is in training mode.
         batch_size, sequence_length: B and S of the batch in this forward pass.
         token_mask: (T,), True for real tokens, or None when there is no padding.
+        positions: (T,), the place of each token in its sequence or document, from 0, padding not counted; None unless the
+            arguments have `spread_ties`.
         document_ids: (T,), equal for tokens of one document in one row, and not falling; None when rows are not packed.
         ids: the id of each token, (T,), for the kinds that the configuration tells apart.
         open_experts: (T, E), False for experts that `expert_groups` closes to a token, whose logits are the least finite
@@ -60,6 +62,7 @@ class RoutingContext:
     batch_size: int
     sequence_length: int
     token_mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
     document_ids: torch.Tensor | None = None
     ids: dict[str, torch.Tensor] = field(default_factory=dict)
     open_experts: torch.Tensor | None = None

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import CompileableContextVar
 
@@ -22,7 +23,7 @@ from .routing_cache import Carry, keep_carry
 
 
 # Fields of a `RoutingPass` that have one value per token, (T,).
-PER_TOKEN = ("token_mask", "document_ids", "open_experts")
+PER_TOKEN = ("token_mask", "positions", "document_ids", "open_experts")
 
 
 @dataclass
@@ -36,6 +37,7 @@ class RoutingPass:
     batch_size: int = 1
     sequence_length: int = 1
     token_mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
     document_ids: torch.Tensor | None = None
     ids: dict[str, torch.Tensor] = field(default_factory=dict)
     open_experts: torch.Tensor | None = None
@@ -88,6 +90,32 @@ class RoutingPass:
         if self.open_experts is None:
             raise MoEError("The router needs the ids of expert_groups, which it gets from the model: call the model.")
         return self.open_experts
+
+    def place_tokens(self, config: Any, position_ids: Any, attention_mask: Any, past: Cache | None) -> None:
+        """Set `positions`: the place of each token among the real ones of its sequence or document, those of the cache counted.
+
+        Args:
+            config: of the model; nothing is done where no router takes turns.
+            position_ids: those of the forward pass; (B, S) or (1, S) say it.
+            attention_mask: that of the forward pass; (B, S) or (B, tokens so far) says what is padding.
+            past (`Cache`): the cache, or None.
+        """
+        if not config.router_kwargs.get("spread_ties"):
+            return
+        shape = self.batch_size, self.sequence_length
+        if isinstance(position_ids, torch.Tensor) and position_ids.dim() == 2:
+            places = position_ids
+        elif isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            places = (attention_mask.long().cumsum(-1)[:, -shape[1] :] - 1).clamp_min(0)
+        else:
+            places = torch.arange(shape[1]) + (0 if past is None else past.get_seq_length())
+        self.positions = places.expand(shape).reshape(-1)
+
+    def positions_of_tokens(self, num_tokens: int, device: torch.device) -> torch.Tensor:
+        """The place of each token in its sequence (its document, when packed), (T,)."""
+        if self.positions is not None:
+            return self.positions.to(device)
+        return torch.arange(num_tokens, device=device) % self.sequence_length
 
     def sequence_ids(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         """Which sequence (which document, when packed) each token belongs to, (T,), in [0, T)."""

@@ -60,7 +60,9 @@ def top_k(router_logits: torch.Tensor, context: RoutingContext) -> Routing:
 
     The weights are the scores, divided by their sum with `norm_topk_prob`, times `routed_scaling_factor`. With
     `weight_gradient=False` the router does not learn through them in training, only through its losses, as a policy does that is
-    trained by `policy_gradient_loss` and drawn from with `router_noise="gumbel"`.
+    trained by `policy_gradient_loss` and drawn from with `router_noise="gumbel"`. With `spread_ties=True` a token that all
+    experts score alike takes those whose turn it is by its place in the sequence, not the first K: so a router of zeros
+    gives each expert its share of any text.
 
     Source: Mixtral, section 2.1 (https://huggingface.co/papers/2401.04088); Switch Transformer, eq. 1-2
     (https://huggingface.co/papers/2101.03961); with sigmoid scores DeepSeek-V3, eq. 12-16
@@ -68,6 +70,8 @@ def top_k(router_logits: torch.Tensor, context: RoutingContext) -> Routing:
     """
     choosing, weighing = choosing_scores(router_logits, context)
     index = choosing.topk(context.config.num_experts_per_tok, dim=-1).indices  # (T, K)
+    if context.arguments["spread_ties"]:
+        index = _spread_ties(index, choosing, context)
     routing = _weighted(index, None, choosing, weighing, context)
     if context.training and not context.arguments["weight_gradient"]:
         routing = replace(routing, top_k_weights=routing.top_k_weights.detach())
@@ -75,6 +79,14 @@ def top_k(router_logits: torch.Tensor, context: RoutingContext) -> Routing:
         logits = wide(router_logits) / context.config.router_noise_scale
         routing = replace(routing, log_prob=order_log_prob(logits, index))
     return routing
+
+
+def _spread_ties(index: torch.Tensor, choosing: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+    """The choices (T, K), of tokens with equal scores for all experts in turn: token 0 has the first K, 1 the next, ..."""
+    num_experts, count = choosing.shape[-1], index.shape[-1]
+    turns = torch.arange(count, device=index.device) + context.positions[:, None] * count
+    is_tied = (choosing == choosing[:, :1]).all(-1, keepdim=True)
+    return torch.where(is_tied, turns % num_experts, index)
 
 
 def order_log_prob(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -255,6 +267,7 @@ TOP_K = RouterSpec(
     arguments={
         "renormalise": RENORMALISE,
         "weight_gradient": Argument(True, "True or False", lambda v: isinstance(v, bool)),
+        "spread_ties": Argument(False, "True or False", lambda v: isinstance(v, bool)),
     },
     options=frozenset({"noise", "groups", "capacity", "correction_bias", "expert_groups", "structure"}),
 )

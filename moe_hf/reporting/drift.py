@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from moe_hf.errors import MoEError
 from moe_hf.modeling.dense_mlp import MLPSite, activation_of, holder_of
 from moe_hf.unwrapping import whole_model
+from moe_hf.upcycling.expected_weight import recorded_weight
 from moe_hf.upcycling.initialisers.mix import Mix
-from moe_hf.upcycling.method import UpcyclingMethod
+from moe_hf.upcycling.method import LayerStates, UpcyclingMethod
 from moe_hf.upcycling.prepare import sites_of_experts
 from moe_hf.upcycling.recipes import BlockTensor, DensePiece, block_tensors, dense_pieces, slot_rows
 
@@ -73,7 +74,11 @@ def _layer_drift(
     block: nn.Module = model.base_model.get_submodule(site.block)
     pieces = {name: DensePiece(tensor) for name, tensor in dense_pieces(holder, site).items()}
     recipes, _ = method.recipes(
-        site, config, lambda piece, source=0: pieces[piece].tensor, act_fn=activation_of(holder, site)
+        site,
+        config,
+        lambda piece, source=0: pieces[piece].tensor,
+        hidden_states=LayerStates(expected_weight=recorded_weight(config, site.layer_index)),
+        act_fn=activation_of(holder, site),
     )
     distance, size = (torch.zeros(len(recipes), dtype=torch.float64) for _ in range(2))
     place = {id(recipe): expert for expert, recipe in enumerate(recipes)}

@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 
 try:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from trl.chat_template_utils import get_training_chat_template
 except ImportError as error:
     raise ImportError("Instruction and preference training use trl: pip install 'moe-hf[trl]'.") from error
 
 from moe_hf.errors import MoEError
 from moe_hf.trainer.arguments import FinetuneArguments
+from moe_hf.trainer.chats import marks_answers, with_answers
 from moe_hf.trainer.moe_trainer import MoETrainer
 
 
@@ -64,7 +66,18 @@ class MoESFTTrainer(_InTRL, MoETrainer, SFTTrainer):
         model (`PreTrainedModel`): a MoE of this package or of transformers, or a dense model.
         args (`MoESFTConfig`): as TRL and `MoETrainer` read them; with `peft_config`, `scope` must be None.
         kwargs: as `SFTTrainer` takes them.
+
+    Raises:
+        MoEError: with `assistant_only_loss`, nothing tells the answers from the rest, or a chat has none.
     """
+
+    def __init__(self, model: PreTrainedModel, args: MoESFTConfig, *, processing_class=None, **kwargs) -> None:
+        if args.assistant_only_loss:
+            if processing_class is not None and not marks_answers(processing_class):
+                _check_replaced_template(processing_class)
+            for name in ("train_dataset", "eval_dataset"):
+                kwargs[name] = with_answers(kwargs.get(name), name)
+        super().__init__(model, args, processing_class=processing_class, **kwargs)
 
 
 class MoEDPOTrainer(_InTRL, MoETrainer, DPOTrainer):
@@ -79,3 +92,17 @@ class MoEDPOTrainer(_InTRL, MoETrainer, DPOTrainer):
         if ref_model is None and kwargs.get("peft_config") is None and not args.precompute_ref_log_probs:
             ref_model = copy.deepcopy(model)
         super().__init__(model, args, ref_model=ref_model, **kwargs)
+
+
+def _check_replaced_template(processing_class) -> None:
+    """Refuse a chat template that says nothing of answers, unless TRL knows one to train with in its place."""
+    try:
+        if processing_class.chat_template is not None and get_training_chat_template(processing_class):
+            return
+    except ValueError:
+        pass
+    raise MoEError(
+        "assistant_only_loss=True learns what is between {% generation %} and {% endgeneration %} in the tokenizer's chat "
+        "template, and it has no such part: put the assistant's words between them, or set tokenizer.chat_template = "
+        "moe_hf.trainer.chats.CHAT_TEMPLATE, or assistant_only_loss=False, which learns the requests too."
+    )

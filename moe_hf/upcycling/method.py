@@ -4,7 +4,7 @@ Letters: D model width, F expert width, E experts, K experts per token.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,17 +14,32 @@ from moe_hf.errors import MoEError
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.dense_mlp import MLPSite
 from moe_hf.modeling.router import Router
+from moe_hf.upcycling.expected_weight import expected_weight, gaussian_states, router_of
 from moe_hf.upcycling.initialisers import Copy, DenseLayer, Initialiser, make_initialiser
 from moe_hf.upcycling.recipes import ExpertRecipe, random_generator
-from moe_hf.upcycling.router_init import NormalRouter, RouterInit, RouterLayer, make_router_init
+from moe_hf.upcycling.router_init import (
+    NormalRouter,
+    RouterInit,
+    RouterLayer,
+    ZeroRouter,
+    make_router_init,
+    spreads_no_ties,
+)
 
 
 @dataclass(frozen=True)
 class LayerStates:
-    """What the MLP of one layer sees: on the user's tokens, (T, D), and on each of the router's prompts, (T, D) each."""
+    """What the dense model tells of one layer.
+
+    Attributes:
+        tokens: what its MLP sees on the user's tokens, (T, D).
+        prompts: what it sees on each of the router's prompts, (T, D) each.
+        expected_weight: the mean sum of a token's weights at the start; `routed_scaling_factor` if None.
+    """
 
     tokens: torch.Tensor | None = None
     prompts: tuple[torch.Tensor, ...] = ()
+    expected_weight: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +71,7 @@ class UpcyclingMethod:
 
     @property
     def exact(self) -> bool:
-        """Whether the MoE computes the dense function, given weights that sum to `routed_scaling_factor`."""
+        """Whether the MoE computes the dense function, given weights whose sum is the same for all tokens."""
         return self.init.exact and self.noise == 0
 
     def needs_inputs(self, config: MoEConfig) -> bool:
@@ -148,21 +163,29 @@ class UpcyclingMethod:
             )
         return least
 
-    def why_inexact(self, config: MoEConfig, sites: Iterable[MLPSite], dtype: torch.dtype) -> str | None:
+    def constant_weight(self, config: MoEConfig, site: MLPSite) -> float | None:
+        """The sum of a token's weights at the start, where it is the same for all tokens; or else None."""
+        # Rows of zeros make any weights constant; of all others, normal ones say what the configuration makes of them.
+        method = self if isinstance(self.router_init, ZeroRouter) else replace(self, router_init=NormalRouter())
+        router = router_of(config, site)
+        tensors = method.router_tensors(router, site, config)
+        weight, is_constant = expected_weight(router, tensors, gaussian_states(site.hidden_size, self.seed))
+        return weight if is_constant else None
+
+    def why_inexact(self, config: MoEConfig, sites: Sequence[MLPSite], dtype: torch.dtype) -> str | None:
         """Why a MoE of this configuration differs from the dense model although the method is exact, or None.
 
         Two things do: weights of a token whose sum depends on the router, and factors that the dtype rounds.
         """
-        sums_to_constant = config.norm_topk_prob or (
-            config.scoring_func == "softmax" and config.num_experts_per_tok == config.num_experts
-        )
-        if not sums_to_constant:
+        weights = {site: self.constant_weight(config, site) for site in sites}
+        if None in weights.values():
+            exact = "" if spreads_no_ties(config) else " (with a router of zeros, ZeroRouter(noise=0), it is exact)"
             return (
-                f"num_experts_per_tok={config.num_experts_per_tok}, norm_topk_prob={config.norm_topk_prob} and "
-                f"scoring_func={config.scoring_func!r} do not give weights that sum to 1, so the experts' mixture cannot "
-                "equal the dense MLP"
+                f"router_type={config.router_type!r}, num_experts_per_tok={config.num_experts_per_tok}, "
+                f"norm_topk_prob={config.norm_topk_prob} and scoring_func={config.scoring_func!r} do not give weights that "
+                f"sum to 1 for each token, so that the experts' mixture is the dense MLP on average only{exact}"
             )
-        factors = {factor for site in sites for factor in self._factors(config, site)}
+        factors = {factor for site in sites for factor in self._factors(config, site, weights[site])}
         rounded = sorted(factor for factor in factors if factor and math.frexp(factor)[0] != 0.5)
         if rounded and torch.finfo(dtype).bits < 32:
             return (
@@ -172,10 +195,10 @@ class UpcyclingMethod:
             )
         return None
 
-    def _factors(self, config: MoEConfig, site: MLPSite) -> list[float]:
+    def _factors(self, config: MoEConfig, site: MLPSite, expected: float) -> list[float]:
         """What output weights and biases are multiplied by."""
         shared = self._shared_share(config, site)
-        routed = (1 - shared) / config.routed_scaling_factor
+        routed = (1 - shared) / expected
         return [routed * self.init.output_scale(config), routed if site.has_bias else 0.0, shared]
 
     def _shared_share(self, config: MoEConfig, site: MLPSite) -> float:
@@ -200,7 +223,8 @@ class UpcyclingMethod:
             config (`MoEConfig`): of the MoE; its width is set (`set_width`).
             read (`Callable`): `read(piece, source=0)`, a piece of the dense MLP.
             dense_widths (`tuple[int]`, *optional*): of this layer's MLP in each checkpoint, when there are several.
-            hidden_states (`LayerStates`, *optional*): what the MLP sees; required when `needs_inputs`.
+            hidden_states (`LayerStates`, *optional*): what the MLP sees, and what its experts will weigh; required when
+                `needs_inputs`, and where weights do not sum to `routed_scaling_factor`.
             act_fn (`Callable`, *optional*): the MLP's activation; required with `hidden_states`.
         """
         dense_widths = dense_widths or (site.intermediate_size,)
@@ -223,8 +247,8 @@ class UpcyclingMethod:
         if shared is not None and config.shared_expert_gate:
             # A gate of zeros is sigmoid(0) = 0.5, or two coefficients of 0.5.
             shared = replace(shared, output_scale=2 * shared.output_scale, bias_scale=2 * shared.bias_scale)
-        # A token's weights sum to the routed_scaling_factor.
-        routed = (1 - share) / config.routed_scaling_factor
+        expected = None if hidden_states is None else hidden_states.expected_weight
+        routed = (1 - share) / (config.routed_scaling_factor if expected is None else expected)
         if config.shared_expert_gate == "softmax":
             routed *= 2
         experts = [

@@ -4,8 +4,8 @@ Letters: B batch, S sequence, T tokens, D model width.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_hf.errors import MoEError
 from moe_hf.modeling.configuration_moe import MoEConfig
+from moe_hf.modeling.dense_mlp import MLPSite
+from moe_hf.upcycling.expected_weight import expected_weight, router_of, tokens_to_weigh
 from moe_hf.upcycling.method import LayerStates, UpcyclingMethod
 from moe_hf.upcycling.router_init.hidden_states import check_token_ids, collect_hidden_states, collect_prompt_states
 
@@ -29,6 +31,7 @@ def observe(
     method: UpcyclingMethod,
     config: MoEConfig,
     model: Callable[[], PreTrainedModel],
+    sites: Sequence[MLPSite],
     inputs: torch.Tensor | None = None,
     tokenizer: Callable[[], PreTrainedTokenizerBase | None] = lambda: None,
 ) -> Observations:
@@ -38,6 +41,7 @@ def observe(
         method (`UpcyclingMethod`): how the MoE is made.
         config (`MoEConfig`): of the MoE.
         model (`Callable`): gives the dense model, in memory or from `load_layerwise`.
+        sites (`Sequence[MLPSite]`): the MLPs that become experts.
         inputs (`torch.Tensor`, *optional*): token ids of the user's data, (B, S), without padding.
         tokenizer (`Callable`): gives the dense model's tokenizer, for prompts.
 
@@ -54,7 +58,7 @@ def observe(
     prompts, tokens, texts, facts = method.router_init.prompts, {}, {}, {}
     if inputs is not None and method.uses_inputs(config):
         tokens = collect_hidden_states(model(), inputs, seed=method.seed)
-        facts = {"inputs": {"shape": list(inputs.shape), "sha256": sha256(inputs)}}
+        facts = _facts_of(inputs)
     if prompts:
         words = tokenizer()
         if words is None:
@@ -67,7 +71,42 @@ def observe(
         index: LayerStates(tokens=tokens.get(index), prompts=tuple(texts.get(index, ())))
         for index in tokens.keys() | texts.keys()
     }
+    weights = _expected_weights(method, config, model, sites, inputs, layers)
+    if any(weight != config.routed_scaling_factor for weight in weights.values()):
+        layers = {
+            index: replace(layers.get(index, LayerStates()), expected_weight=weights[index]) for index in weights
+        }
+        facts["expected_weight"] = [weights.get(index) for index in range(config.num_hidden_layers)]
+        if inputs is not None:
+            facts |= _facts_of(inputs)
     return Observations(layers=layers, facts=facts)
+
+
+def _expected_weights(
+    method: UpcyclingMethod,
+    config: MoEConfig,
+    model: Callable[[], PreTrainedModel],
+    sites: Sequence[MLPSite],
+    inputs: torch.Tensor | None,
+    layers: Mapping[int, LayerStates],
+) -> dict[int, float]:
+    """By layer, the mean sum of a token's weights at the start; the dense model runs where it is not the same for all."""
+    weights = {site.layer_index: method.constant_weight(config, site) for site in sites}
+    unknown = [site for site in sites if weights[site.layer_index] is None]
+    if not unknown:
+        return weights
+    dense = model()
+    ids = tokens_to_weigh(dense.config, inputs, method.seed)
+    states = collect_hidden_states(dense, ids)
+    for site in unknown:
+        router, index = router_of(config, site), site.layer_index
+        tensors = method.router_tensors(router, site, config, layers.get(index))
+        weights[index], _ = expected_weight(router, tensors, states[index].view(*ids.shape, -1))
+    return weights
+
+
+def _facts_of(inputs: torch.Tensor) -> dict[str, Any]:
+    return {"inputs": {"shape": list(inputs.shape), "sha256": sha256(inputs)}}
 
 
 def sha256(inputs: torch.Tensor) -> str:

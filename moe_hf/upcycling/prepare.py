@@ -25,7 +25,7 @@ from moe_hf.upcycling.fill import outside_mlps
 from moe_hf.upcycling.initialisers import Initialiser, make_initialiser
 from moe_hf.upcycling.initialisers.mix import check_same_family, check_same_tensors, check_same_vocabulary
 from moe_hf.upcycling.method import UpcyclingMethod
-from moe_hf.upcycling.router_init import RouterInit, make_router_init
+from moe_hf.upcycling.router_init import RouterInit, ZeroRouter, make_router_init
 
 
 Source = PreTrainedModel | str | os.PathLike
@@ -108,6 +108,8 @@ def prepare(
     method = method.settled(config)
     with _naming_fields(preset, config, fields):
         method.check(config, dense.dtype)
+    if isinstance(method.router_init, ZeroRouter) and method.router_init.spreads_ties(config):
+        config.router_kwargs["spread_ties"] = True
     models = [dense]
     for given in getattr(method.init, "sources", ()):
         other, model = open_source(given)

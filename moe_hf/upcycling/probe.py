@@ -42,6 +42,7 @@ class RoutingProbe:
             with equal logits, as shards of one copy have, count together.
         entropy: of each layer, the mean entropy of the scores in parts of ln E.
         tokens_per_expert: of each layer, (E,) int64; a token counts for each of its K experts.
+        closed: of each layer, the experts that `expert_groups` closed to all of these tokens.
     """
 
     num_tokens: int
@@ -49,6 +50,7 @@ class RoutingProbe:
     top_1_probability: tuple[float, ...]
     entropy: tuple[float, ...]
     tokens_per_expert: tuple[torch.Tensor, ...]
+    closed: tuple[frozenset[int], ...]
 
     @property
     def saturated(self) -> tuple[str, ...]:
@@ -58,21 +60,21 @@ class RoutingProbe:
 
     @property
     def is_large_enough(self) -> bool:
-        """Whether an even router would reach each expert of each layer, but for a chance below 1%."""
+        """Whether an even router would reach each open expert of each layer, but for a chance below 1%."""
         chance = 0.0
-        for counts in self.tokens_per_expert:
-            share = float(counts.sum()) / max(self.num_tokens * len(counts), 1)
-            chance += len(counts) * (1 - min(share, 1)) ** self.num_tokens
+        for counts, closed in zip(self.tokens_per_expert, self.closed, strict=True):
+            num_open = len(counts) - len(closed)
+            share = float(counts.sum()) / max(self.num_tokens * num_open, 1)
+            chance += num_open * (1 - min(share, 1)) ** self.num_tokens
         return chance < CHANCE_OF_A_MISS
 
     @property
     def never_reached(self) -> dict[str, list[int]]:
-        """By layer, the experts that no token chose; empty when the tokens are too few to tell."""
+        """By layer, the experts that no token chose of those that it could; empty when the tokens are too few to tell."""
         if not self.is_large_enough:
             return {}
-        missed = {
-            n: torch.where(row == 0)[0].tolist() for n, row in zip(self.layers, self.tokens_per_expert, strict=True)
-        }
+        layers = zip(self.layers, self.tokens_per_expert, self.closed, strict=True)
+        missed = {name: sorted(set(torch.where(row == 0)[0].tolist()) - closed) for name, row, closed in layers}
         return {name: experts for name, experts in missed.items() if experts}
 
     def warnings(self) -> list[str]:
@@ -155,6 +157,7 @@ class RoutingRecorder:
             top_1_probability=tuple(layer.top_1 / layer.num_tokens for layer in layers),
             entropy=tuple(layer.entropy / layer.num_tokens for layer in layers),
             tokens_per_expert=tuple(layer.tokens_per_expert for layer in layers),
+            closed=tuple(frozenset(torch.where(layer.closed)[0].tolist()) for layer in layers),
         )
 
 
@@ -170,6 +173,7 @@ class _LayerSums:
         if isinstance(router, Router):
             num_experts = config.experts_of_layer(router.layer_index) + len(config.extra_experts)
         self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64)
+        self.closed = torch.ones(num_experts, dtype=torch.bool)
 
     def hook(self, mask: torch.Tensor | None):
         """A forward hook that adds the tokens where `mask` (T,) is True."""
@@ -184,9 +188,16 @@ class _LayerSums:
             scores = logits if self.scoring_func == "softmax" else functional.logsigmoid(logits)
             probability = scores.softmax(-1)
             largest = probability.max(-1, keepdim=True).values
-            self.top_1 += float(probability.where(probability >= largest * (1 - 1e-5), 0).sum())
+            first = probability >= largest * (1 - 1e-5)
+            # Where all are equal, there is no first choice.
+            first &= ~first.all(-1, keepdim=True)
+            self.top_1 += float(
+                probability.where(first, 0).sum() + largest.where(~first.any(-1, keepdim=True), 0).sum()
+            )
             if logits.shape[-1] > 1:
                 self.entropy += mean_entropy(logits, self.scoring_func) * len(logits)
+            # The least finite number, as `limit_logits` has it.
+            self.closed &= (logits == torch.finfo(logits.dtype).min).all(0).cpu()
             self.num_tokens += len(logits)
             self.tokens_per_expert += index.flatten().bincount(minlength=len(self.tokens_per_expert)).cpu()
 

@@ -14,10 +14,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from moe_hf.modeling.configuration_moe import MoEConfig, MoEError
 from moe_hf.modeling.dense_mlp import MLPSite
-from moe_hf.modeling.modeling_moe import MoEForCausalLM, MoEPreTrainedModel
+from moe_hf.modeling.modeling_moe import MoEForCausalLM
 from moe_hf.unwrapping import whole_model
 from moe_hf.upcycling.fill import copy_other_weights, fill_blocks
 from moe_hf.upcycling.initialisers import Initialiser
@@ -26,6 +27,7 @@ from moe_hf.upcycling.observations import observe
 from moe_hf.upcycling.prepare import prepare
 from moe_hf.upcycling.probe import RoutingRecorder
 from moe_hf.upcycling.router_init import RouterInit
+from moe_hf.upcycling.sources import check_all_loaded, check_dense_config, check_dense_model, check_dense_weights
 from moe_hf.upcycling.verification import (
     EXACT_TOLERANCE,
     NUM_SEQUENCES,
@@ -33,6 +35,9 @@ from moe_hf.upcycling.verification import (
     VerificationResult,
     verify,
 )
+
+
+logger = logging.get_logger(__name__)
 
 
 def upcycle(
@@ -60,7 +65,8 @@ def upcycle(
     Args:
         dense (`PreTrainedModel`, `str` or `Path`): the model, a folder, or a Hub id. Never changed, nor aliased.
         num_experts (`int`, *optional*): E, experts per layer; 8, or the preset's.
-        num_experts_per_tok (`int`, *optional*): K, experts per token; 2, or the preset's. K = 1 cannot be exact: the weight of one expert is below 1.
+        num_experts_per_tok (`int`, *optional*): K, experts per token; 2, or the preset's. K = 1 is exact with a router of
+            zeros, `ZeroRouter(noise=0)`; with others the outputs are right on average.
         preset (`str`, *optional*): the MoE of a paper, a name of `MoEConfig.presets()`; fields that are given win over its
             own. One that cannot keep the dense function is refused before anything is made, unless `allow_inexact`.
         init (`str` or `Initialiser`): how the experts start; a name of `INITIALISERS`, or an instance with options.
@@ -74,7 +80,7 @@ def upcycle(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): for methods with prompts; the source's own when it has one.
         verify_inputs (`torch.Tensor`, *optional*): token ids (B, S) to check on, besides 2 x 64 random ones; the first 2 x 64
             of `inputs` if not given.
-        allow_inexact (`bool`): accept a model that is not the dense one's equal; the measured error is stored.
+        allow_inexact (`bool`): accept a model that is not the dense one's equal; the measured error is told and stored.
         **config_fields: further fields of [`MoEConfig`], and ids of special tokens. Other dense fields are the dense model's.
 
     Returns:
@@ -103,7 +109,7 @@ def upcycle(
     )
     method, config, models, sites = ready.method, ready.config, ready.models, ready.sites
     model = models[0]
-    seen = observe(method, config, lambda: model, inputs, lambda: tokenizer or _tokenizer(dense))
+    seen = observe(method, config, lambda: model, sites[0], inputs, lambda: tokenizer or _tokenizer(dense))
     moe = MoEForCausalLM._from_config(config).to(model.device).eval()
     averaged = method.init.averaged(config)
     copy_other_weights(
@@ -150,22 +156,23 @@ def check_result(
     result = verify(dense, moe, verify_inputs, seed=method.seed, observe=recorder.watch)
     routing = recorder.result()
     config.upcycling |= {"verification": result.to_dict(), "routing": routing.to_dict()}
-    if method.exact and not allow_inexact and not result.exact:
-        raise MoEError(_inexact_message(result, method.why_inexact(config, sites, config.dtype)))
+    if method.exact and not result.exact:
+        message = _inexact_message(result, method.why_inexact(config, sites, config.dtype))
+        if not allow_inexact:
+            raise MoEError(
+                f"{message} Pass allow_inexact=True to accept that; the measured error is then stored in the config."
+            )
+        logger.warning(message)
     routing.warn()
 
 
 def _load_dense(dense: PreTrainedModel | str | os.PathLike) -> tuple[str, PreTrainedModel]:
     dense = whole_model(dense, "Upcycling", or_path=True)
     if isinstance(dense, PreTrainedModel):
-        if isinstance(dense, MoEPreTrainedModel):
-            raise MoEError(f"The source is a {type(dense).__name__}, which already has experts; give a dense model.")
-        if not dense.can_generate():
-            raise MoEError(
-                f"The source is a {type(dense).__name__}, which has no language-modelling head: load it with "
-                "AutoModelForCausalLM."
-            )
-        return dense.name_or_path or type(dense).__name__, dense
+        name = dense.name_or_path or type(dense).__name__
+        check_dense_model(dense, name)
+        check_dense_weights(dense, name)
+        return name, dense
     name = str(dense)
     looks_like_path = isinstance(dense, Path) or name.startswith((".", "/", "~"))
     if looks_like_path and not Path(name).expanduser().is_dir():
@@ -175,10 +182,11 @@ def _load_dense(dense: PreTrainedModel | str | os.PathLike) -> tuple[str, PreTra
 
         name = str(Path(name).expanduser())
         check_shard_index(name)
-    config = AutoConfig.from_pretrained(name)
-    if isinstance(config, MoEConfig):
-        raise MoEError(f"{name} is a moe_hf model already; give a dense model.")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    # With all its parts, of which AutoModelForCausalLM may leave some out.
+    check_dense_config(AutoConfig.from_pretrained(name), str(dense))
+    model, report = AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True)
+    check_dense_model(model, str(dense))
+    check_all_loaded(model, report, str(dense))
     return str(dense), model
 
 
@@ -195,6 +203,5 @@ def _inexact_message(result: VerificationResult, reason: str | None) -> str:
     return (
         f"The MoE model's logits differ from the dense model's by {result.relative_error:.2e} (relative), allowed "
         f"{EXACT_TOLERANCE:.0e}; the dense model's own dtype makes {result.rounding_error:.2e}. The reason: "
-        f"{reason or f'the first layer that differs is {result.first_difference}'}. Pass allow_inexact=True to accept "
-        "that; the measured error is then stored in the config."
+        f"{reason or f'the first layer that differs is {result.first_difference}'}."
     )

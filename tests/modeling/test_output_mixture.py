@@ -173,3 +173,16 @@ def test_the_loss_of_a_mixture_is_below_that_of_its_experts_weighed_alone():
         mixed = model(ids).logits.log_softmax(-1)
     alone = sum(weights.view(2, 9, 4)[..., i, None] * experts[i] for i in range(4))
     assert (mixed >= alone - 1e-5).all() and math.isfinite(float(mixed.sum()))
+
+
+def test_float64_names_the_implementation_that_computes_it():
+    """The last layer alone has experts, so that what fails in them could be taken for the decoder's end."""
+    model, ids = model_of(mlp_only_layers=[0, 1]).double(), random_ids()
+    with torch.no_grad():
+        expected = model.float()(ids).logits
+        model.double()
+        if model.config._experts_implementation == "grouped_mm":
+            with pytest.raises(MoEError, match="float64.*set_experts_implementation"):
+                model(ids)
+        model.set_experts_implementation("eager")
+        torch.testing.assert_close(model(ids).logits, expected.double(), atol=1e-4, rtol=1e-4)

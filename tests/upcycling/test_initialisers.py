@@ -176,7 +176,6 @@ REFUSED = {
     "unknown": ({"init": "magic"}, "must be one of .*'copy', 'drop', 'permute', 'granular', 'split', 'mix'"),
     "experts": (GRANULAR | {"num_experts": 6}, "num_experts is 6; .* multiple of 4"),
     "per token": (GRANULAR | {"num_experts_per_tok": 2}, "num_experts_per_tok is 2; .* multiple of 4"),
-    "normalise": (GRANULAR | {"norm_topk_prob": False}, "needs norm_topk_prob=True"),
     "width": (
         GRANULAR | {"init": Granular(shards=5), "num_experts": 10, "num_experts_per_tok": 5},
         r"divisors .*\[2, 4, 8",

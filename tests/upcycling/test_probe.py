@@ -14,7 +14,7 @@ from tests.tiny_models import random_ids, tiny_dense, tiny_native_moe
 def probe_of(counts, num_tokens, top=0.5, layers=1) -> RoutingProbe:
     names = tuple(f"layers.{index}.mlp" for index in range(layers))
     tokens = torch.tensor(counts).expand(layers, -1)
-    return RoutingProbe(num_tokens, names, (top,) * layers, (0.5,) * layers, tokens)
+    return RoutingProbe(num_tokens, names, (top,) * layers, (0.5,) * layers, tokens, (frozenset(),) * layers)
 
 
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
@@ -87,10 +87,35 @@ def test_even_routers_are_not_accused():
     for _ in range(300):
         choices = torch.rand(80, 16, generator=generator).topk(2).indices
         counts = choices.flatten().bincount(minlength=16)
-        probe = RoutingProbe(80, ("layer",), (0.5,), (0.5,), counts[None])
+        probe = RoutingProbe(80, ("layer",), (0.5,), (0.5,), counts[None], (frozenset(),))
         assert probe.is_large_enough
         accused += bool(probe.never_reached)
     assert accused <= 6
+
+
+def test_experts_closed_by_design_are_not_missed():
+    dense, ids = tiny_dense("llama"), random_ids(8, 64)
+    closed = upcycle(dense, num_experts=6, expert_groups={"language": [[0, 1, 2], [3, 4, 5]]})
+    assert closed.config.upcycling["routing"]["can_tell_unreached"]
+    assert closed.config.upcycling["routing"]["never_reached"] == {}
+    with torch.no_grad():
+        closed.model.layers[1].mlp.gate.weight[1] = 0
+        closed.model.layers[1].mlp.gate.weight[[0, 2]] = torch.randn(1, 48).expand(2, -1).mul(9)
+    recorder = RoutingRecorder()
+    with torch.no_grad(), recorder.watch(closed):
+        closed(ids, language_ids=torch.zeros(8, dtype=torch.long))
+    probe = recorder.result()
+    assert probe.closed == (frozenset({3, 4, 5}),) * 3
+    assert all(set(experts) <= {0, 1, 2} for experts in probe.never_reached.values())
+
+
+def test_a_router_without_preference_is_not_saturated():
+    moe = upcycle(tiny_dense("llama"), num_experts=4)
+    with torch.no_grad():
+        for layer in moe.model.layers:
+            layer.mlp.gate.weight.zero_()
+    probe = probe_routing(moe, random_ids(2, 30))
+    assert probe.top_1_probability == pytest.approx((0.25,) * 3) and not probe.saturated
 
 
 def test_the_recorder_adds_up_passes_and_leaves_no_hooks():

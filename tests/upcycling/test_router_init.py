@@ -32,7 +32,7 @@ def unit_states(tokens: int = 2000, width: int = 64, seed: int = 1) -> torch.Ten
 
 
 def layer_of(groups: int = 8, width: int = 64, seed: int = 0, index: int = 3, **fields) -> RouterLayer:
-    names = ("scoring_func", "num_experts", "num_experts_per_tok")
+    names = ("scoring_func", "num_experts", "num_experts_per_tok", "router_type")
     config = {"num_experts": groups} | {name: fields.pop(name) for name in names if name in fields}
     return RouterLayer(
         layer_index=index,
@@ -179,8 +179,9 @@ def test_zero_rows_are_nearly_indifferent_and_break_ties():
     logits = unit_states() @ rows.t()
     assert mean_entropy(logits) > 1 - 1e-5
     assert logits.argmax(-1).bincount(minlength=8).min() > 100
-    with pytest.raises(MoEError, match="same 2 of 8 experts"):
-        ZeroRouter(noise=0).check(layer_of().config, 8)
+    with pytest.raises(MoEError, match="the same experts, so that the others get no gradient"):
+        ZeroRouter(noise=0).check(layer_of(router_type="top_p").config, 8)
+    ZeroRouter(noise=0).check(layer_of().config, 8)
     ZeroRouter(noise=0).check(layer_of(4, num_experts_per_tok=4).config, 4)
 
 

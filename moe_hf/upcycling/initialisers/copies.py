@@ -143,7 +143,7 @@ class Granular(PartlyRedrawn):
         return float(self.shards)
 
     def check(self, config: MoEConfig) -> None:
-        """Refuse counts that are no multiples of G, and weights that do not sum to a constant."""
+        """Refuse counts that are no multiples of G."""
         for name in ("num_experts", "num_experts_per_tok"):
             value = getattr(config, name)
             if value % self.shards:
@@ -151,11 +151,6 @@ class Granular(PartlyRedrawn):
                     f"{name} is {value}; init='granular' with shards={self.shards} needs a multiple of {self.shards}, since "
                     "the shards of a copy are chosen together."
                 )
-        if self.shards > 1 and not config.norm_topk_prob:
-            raise MoEError(
-                "init='granular' needs norm_topk_prob=True: the factor that makes up for the shards' parts of a copy's "
-                "weight is right only when the weights of a token sum to routed_scaling_factor."
-            )
 
     def experts(self, layer: DenseLayer, config: MoEConfig) -> list[ExpertRecipe]:
         """E recipes, G neighbours for each copy."""

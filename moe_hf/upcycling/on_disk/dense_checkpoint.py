@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
-from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.dense_mlp import MLPSite, activation_of, check_one_expert_reproduces, find_mlp_sites, holder_of
+from moe_hf.upcycling.sources import check_dense_config, check_dense_model
 from moe_hf.weight_files import CheckpointReader, TensorSpec, byte_view
 
 
@@ -59,18 +59,16 @@ class DenseCheckpoint:
         if not (self.folder / "config.json").is_file():
             raise MoEError(f"{folder} has no config.json: it is not a checkpoint that save_pretrained wrote.")
         config = AutoConfig.from_pretrained(self.folder)
-        if isinstance(config, MoEConfig):
-            raise MoEError(f"{folder} is a moe_hf model already; give a dense model.")
-        if getattr(config, "quantization_config", None) is not None:
-            raise MoEError(f"{folder} is quantized: give the checkpoint that it was made from.")
+        check_dense_config(config, str(folder))
         self.reader = CheckpointReader(self.folder)
         dtype = config.dtype or self._first_floating_dtype()
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        check_dense_model(self.model, str(folder))
         # Before the names are looked at, since it tells more clearly what is wrong with the source.
         find_mlp_sites(self.model.base_model)
         self.model.generation_config = _generation_config(self.folder)
-        self._state = self.model.state_dict()
+        self._state = self.model.state_dict(keep_vars=True)
         plan = self.model._get_dtype_plan(self.model.dtype)
         self._wide_names, *_ = build_glob_alternation(list(plan)) if plan else (None,)
         found = self._names_on_disk()
@@ -118,9 +116,13 @@ class DenseCheckpoint:
         main = tied.get(name, name)
         stored = [found[alias] for alias in (main, name, *tied) if tied.get(alias, alias) == main and alias in found]
         if not stored:
-            raise NotStreamableError(
-                f"{self.folder} has no tensor for {name}: it is not complete, or of another model. {IN_MEMORY}"
-            )
+            absent = f"{self.folder} has no tensor for {name}"
+            if isinstance(self._state[name], nn.Parameter):
+                raise MoEError(
+                    f"{absent} of {type(self.model).__name__}, which would be random: give a whole checkpoint of a causal "
+                    "language model."
+                )
+            raise NotStreamableError(f"{absent}, which is computed while a model is loaded whole. {IN_MEMORY}")
         if name in found and not self._equal(found[name], stored[0]):
             raise MoEError(
                 f"The config of {self.folder} ties {name} to {main}, and both are stored with different values: set "

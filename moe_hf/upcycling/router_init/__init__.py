@@ -10,6 +10,7 @@ from moe_hf.upcycling.router_init.rows import (
     RouterLayer,
     ZeroRouter,
     make_router_init,
+    spreads_no_ties,
 )
 
 
@@ -23,4 +24,5 @@ __all__ = [
     "RouterLayer",
     "ZeroRouter",
     "make_router_init",
+    "spreads_no_ties",
 ]

@@ -276,7 +276,11 @@ class PromptRouter(RouterInit):
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroRouter(RouterInit):
-    """Nearly no preference: rows of zeros, with noise that decides between equal experts."""
+    """Nearly no preference: rows of zeros, with noise that decides between equal experts.
+
+    With `noise=0` the weights of a token are the same for all tokens, so that any of them can be exact, K = 1 too; tokens
+    take the experts in turn until training moves the rows (`router_kwargs={"spread_ties": True}`, which is set).
+    """
 
     name: ClassVar[str] = "zero"
     equation: ClassVar[str] = "r_i ~ N(0, noise^2 / D)"
@@ -289,17 +293,35 @@ class ZeroRouter(RouterInit):
             raise MoEError(f'noise of router_init="zero" is {self.noise}; it must be finite and at least 0.')
 
     def check(self, config: MoEConfig, groups: int) -> None:
-        """Refuse zeros alone, unless each token takes all experts."""
-        if self.noise == 0 and config.num_experts_per_tok < config.num_experts:
+        """Refuse zeros alone where nothing spreads the tokens, all of which they score alike."""
+        if not self.spreads_ties(config):
+            return
+        found = spreads_no_ties(config)
+        if found:
             raise MoEError(
-                f'router_init="zero" with noise=0 makes all logits equal, so that all tokens take the same '
-                f"{config.num_experts_per_tok} of {config.num_experts} experts, and the others get no gradient. Give it some "
-                "noise, such as 1e-3."
+                f'router_init="zero" with noise=0 makes all logits equal, and {", ".join(found)} would give all tokens the same '
+                "experts, so that the others get no gradient. Give it some noise, such as 1e-3."
             )
+
+    def spreads_ties(self, config: MoEConfig) -> bool:
+        """Whether tokens must take the experts in turn, since the router scores all of them alike."""
+        return self.noise == 0 and config.num_experts_per_tok < config.num_experts
 
     def rows(self, layer: RouterLayer) -> torch.Tensor:
         """(G, D), small."""
         return layer.normal(layer.groups, layer.hidden_size) * self.noise
+
+
+def spreads_no_ties(config: MoEConfig) -> list[str]:
+    """The fields, as `name=value`, with which tokens do not take experts in turn that a router of zeros scores alike."""
+    holds = {
+        "router_type": config.router_type != "top_k",
+        "n_group": config.n_group is not None,
+        "expert_groups": bool(config.expert_groups),
+        "routing_level": config.routing_level == "task",
+        "router_arch": config.router_arch != "linear",
+    }
+    return [f"{name}={getattr(config, name)!r}" for name, does in holds.items() if does]
 
 
 ROUTER_INITS: dict[str, type[RouterInit]] = {

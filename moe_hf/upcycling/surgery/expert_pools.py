@@ -25,7 +25,9 @@ from moe_hf.modeling.modeling_moe import MoEForCausalLM
 from moe_hf.modeling.moe_block import MoEBlock
 from moe_hf.modeling.routing import wide
 from moe_hf.unwrapping import unwrapped, whole_model
+from moe_hf.upcycling.expected_weight import recorded_weight
 from moe_hf.upcycling.recipes import random_generator
+from moe_hf.upcycling.sources import check_dense_weights
 
 
 # Experts of one layer: the names of tensors in its block to one row per expert. Besides the parameters of `experts` these
@@ -135,6 +137,7 @@ def _picked(block: MoEBlock, expert: int) -> Pool:
 
 
 def _dense_experts(source: PreTrainedModel, model: MoEForCausalLM) -> list[tuple[MLPSite, Pool, Any]]:
+    check_dense_weights(source, source_name(source))
     base, found = source.base_model, []
     for site in find_mlp_sites(base):
         if not model.config.is_moe_layer(site.layer_index):
@@ -153,12 +156,12 @@ def _dense_experts(source: PreTrainedModel, model: MoEForCausalLM) -> list[tuple
 def dense_scale(config: MoEConfig, site: MLPSite) -> float:
     """The factor on the output of a dense MLP that becomes one of a model's experts, as upcycling has it.
 
-    The weights of a token sum to `routed_scaling_factor`, and a shared expert made of the whole MLP has its share.
+    The weights of a token sum to `routed_scaling_factor`, or to what was measured when the model was made, and a shared expert made of the whole MLP has its share.
     """
     recorded = config.upcycling or {}
     is_whole = config.shared_expert_intermediate_size >= site.intermediate_size
     share = recorded.get("shared_share", 0.0) if is_whole else 0.0
-    return (1 - share) / config.routed_scaling_factor
+    return (1 - share) / recorded_weight(config, site.layer_index)
 
 
 def _check_fit(model: MoEForCausalLM, found: list[tuple[MLPSite, Pool, Any]], name: str) -> None:

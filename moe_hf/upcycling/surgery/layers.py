@@ -55,6 +55,8 @@ def drop_layers(model: MoEForCausalLM, layers: int | Sequence[int]) -> MoEForCau
         )
     step = {"operation": "drop_layers", "layers": dropped, "num_hidden_layers": [total, len(kept)]}
     recorded = copy.deepcopy(model.config.upcycling) or {}
+    if "expected_weight" in recorded:
+        recorded["expected_weight"] = [recorded["expected_weight"][i] for i in kept]
     config.upcycling = recorded | {"surgery": [*recorded.get("surgery", []), step]}
     return new
 
