@@ -21,6 +21,8 @@ from moe_hf.modeling.index_names import refuse_outside
 MANIFEST_NAME = "moe_hf_manifest.json"
 # The card is a text that people edit after the save, so it is no part of what the manifest holds.
 UNLISTED_NAMES = frozenset({MANIFEST_NAME, "README.md"})
+CONFIG_NAME = "config.json"
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
 @contextmanager
@@ -94,6 +96,59 @@ def publish_folder(
     except OSError as error:
         raise MoEError(f"{destination} could not be put in place: {error.strerror or error}.") from error
     _fsync(destination.parent)
+
+
+def publish_into(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Put the files of a finished temporary folder into a folder that may exist, beside what else it holds.
+
+    The files of an earlier save, which its manifest lists, go; all others stay. While files are moved the folder has no
+    `config.json` and no manifest, which come last: a run that is killed leaves a model that is whole, or none.
+
+    Args:
+        temporary (`str` or `os.PathLike`): the folder with all files, on the same file system as `path`; it vanishes.
+        path (`str` or `os.PathLike`): the folder.
+
+    Raises:
+        `MoEError`: it holds weights that no save with a manifest put there; nothing is changed.
+    """
+    temporary, destination = Path(temporary), Path(os.path.abspath(path))
+    earlier = refuse_foreign_weights(destination)
+    write_manifest(temporary)
+    last = (CONFIG_NAME, MANIFEST_NAME)
+    names = sorted(file.relative_to(temporary).as_posix() for file in temporary.rglob("*") if file.is_file())
+    names.sort(key=lambda name: last.index(name) + 1 if name in last else 0)
+    destination.mkdir(parents=True, exist_ok=True)
+    for name in (*last, *(earlier - set(names))):
+        (destination / name).unlink(missing_ok=True)
+    _fsync(destination)
+    for name in names:
+        (destination / name).parent.mkdir(parents=True, exist_ok=True)
+        if name == CONFIG_NAME:
+            _fsync(destination)
+        os.replace(temporary / name, destination / name)
+    _fsync(destination)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_foreign_weights(folder: Path) -> set[str]:
+    """The names of the files of an earlier save into a folder, as its manifest lists them.
+
+    Raises:
+        `MoEError`: there are weights beside them, which a save would mix with its own, or replace.
+    """
+    manifest, earlier = folder / MANIFEST_NAME, set()
+    if manifest.is_file():
+        earlier = set(read_json_object(manifest).get("files") or {})
+        for name in earlier:
+            refuse_outside(name, manifest)
+    found = {file.name for pattern in WEIGHT_FILES for file in folder.glob(pattern)}
+    foreign = sorted(found - earlier)
+    if foreign:
+        raise MoEError(
+            f"{folder} holds {foreign[0]}, which is no part of a save that has a manifest: nothing was written. Move it "
+            "away, or choose another folder."
+        )
+    return earlier
 
 
 def write_manifest(folder: str | os.PathLike, known: Mapping[str, Mapping[str, str]] | None = None) -> Path:

@@ -23,7 +23,7 @@ PROGRAMS = [
 TRAVELLING = [path for path in sorted((PACKAGE / "modeling").glob("*.py")) if path.name != "__init__.py"]
 MODELING_ORDER = [
     "config_checks",
-    ("cache_names", "config_fields", "routing_ids", "presets", "index_names"),
+    ("cache_names", "config_fields", "expert_plan", "routing_ids", "presets", "index_names"),
     "configuration_moe",
     ("routing", "dense_mlp", "routing_cache"),
     "dense_classes",
@@ -33,7 +33,7 @@ MODELING_ORDER = [
     ("routers", "custom_code", "output_mixture"),
     ("routing_pass", "serving"),
     "router",
-    ("moe_block", "mixed_predictions", "outputs"),
+    ("moe_block", "mixed_predictions", "outputs", "step_labels"),
     "dynamic_class",
     "modeling_moe",
 ]

@@ -5,8 +5,9 @@ accelerate launch training/dpo.py --config training/recipes/preferences.yaml --m
 
 from moe_hf.trainer.arguments import ModelArguments, MoEArgumentParser
 from moe_hf.trainer.chats import ChatDataArguments, load_chat_model, load_chats
+from moe_hf.trainer.checkpoints import resume_choice
 from moe_hf.trainer.comparison import train_beside_control
-from moe_hf.trainer.programs import evaluate_and_record, prepare_run, resume_choice, run_program
+from moe_hf.trainer.programs import evaluate_and_record, prepare_run, run_program
 from moe_hf.trainer.trl_trainers import MoEDPOConfig, MoEDPOTrainer
 
 

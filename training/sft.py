@@ -5,8 +5,9 @@ accelerate launch training/sft.py --config training/recipes/instructions.yaml --
 
 from moe_hf.trainer.arguments import ModelArguments, MoEArgumentParser
 from moe_hf.trainer.chats import ChatDataArguments, generated_answer_metrics, load_chat_model, load_chats
+from moe_hf.trainer.checkpoints import resume_choice
 from moe_hf.trainer.comparison import train_beside_control
-from moe_hf.trainer.programs import evaluate_and_record, prepare_run, resume_choice, run_program
+from moe_hf.trainer.programs import evaluate_and_record, prepare_run, run_program
 from moe_hf.trainer.trl_trainers import MoESFTConfig, MoESFTTrainer
 
 

@@ -24,6 +24,7 @@ from .config_checks import (
     raise_moe_errors,
 )
 from .config_fields import MODEL_TYPE, field_names, fields_of_file, is_at_top, take_fields
+from .expert_plan import plan_from_dense
 from .presets import PRESETS, preset_fields
 from .routing_ids import check_deciders
 
@@ -336,6 +337,11 @@ class MoEConfig(PreTrainedConfig):
         return self.text_config.base_model_pp_plan
 
     @property
+    def base_model_ep_plan(self) -> dict | None:
+        """Expert-parallel plan of the blocks, where the dense decoder's tensor-parallel plan names its MLPs."""
+        return None if self.router_type == "segment_merge" else plan_from_dense(self.base_model_tp_plan)
+
+    @property
     def base_model_fsdp_plan(self) -> dict:
         """FSDP plan of the dense decoder."""
         return self.text_config.base_model_fsdp_plan
@@ -359,8 +365,6 @@ class MoEConfig(PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         try:
             return getattr(text_config, name)
-        except AttributeError:
-            raise
         except RuntimeError as error:
             # Configs whose layers differ refuse a single answer, and hasattr() expects an AttributeError.
             raise AttributeError(str(error)) from error

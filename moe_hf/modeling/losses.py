@@ -366,35 +366,3 @@ def sum_over_ranks(counts: list[torch.Tensor]) -> list[torch.Tensor]:
     joint = torch.cat([count.to(counts[0].device) for count in counts])
     dist.all_reduce(joint)
     return list(joint.split([len(count) for count in counts]))
-
-
-def share_of_step(
-    num_tokens: torch.Tensor | int,
-    num_labels: torch.Tensor | int | None = None,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    joint: bool = False,
-) -> torch.Tensor | float:
-    """What the router losses of one forward pass count for: its labels over those of the whole optimizer step.
-
-    They then weigh what the language-modelling loss of the same tokens does, however a batch is cut and spread.
-
-    Args:
-        num_tokens: real tokens of this forward pass on this process.
-        num_labels, num_items_in_batch: labels of this forward pass, and of the optimizer step; where either is not
-            known every forward pass counts alike.
-        joint (`bool`): the micro-batch is that of all processes (`balance_loss_scope="global_batch"`): its labels are
-            added up, and shared by tokens, so that means over tokens add up to the joint mean. One collective.
-
-    Returns:
-        The factor; without labels 1, or that whose mean over processes makes the joint mean.
-    """
-    is_known = num_labels is not None and num_items_in_batch is not None
-    if isinstance(num_labels, torch.Tensor) and isinstance(num_items_in_batch, torch.Tensor):
-        num_labels = num_labels.to(num_items_in_batch.device)
-    if not (joint and dist.is_available() and dist.is_initialized()):
-        return num_labels / num_items_in_batch if is_known else 1.0
-    tokens = torch.as_tensor(num_tokens).reshape(1).float()
-    labels = torch.as_tensor(num_labels if is_known else 1, device=tokens.device).reshape(1).float()
-    all_tokens, all_labels = sum_over_ranks([tokens, labels])
-    share = (tokens / all_tokens.clamp_min(1) * all_labels)[0]
-    return share / num_items_in_batch if is_known else share

@@ -45,14 +45,14 @@ from .outputs import (
     extended,
     losses_by_name,
     mean_stats,
-    share_of_labels,
 )
 from .parallel_plans import block_plans, refuse_layout, without_blocks
 from .routers import ROUTERS, carries_on, router_spec, save_custom_code, why_no_cache
 from .routing_cache import carried_by, mask_of_tokens
 from .routing_ids import extend_ids, open_experts, spread_ids, take_ids
-from .routing_pass import RoutingPass, current_routing_pass, document_ids_of, recompute_contexts, routing_pass
+from .routing_pass import RoutingPass, checkpointing, current_routing_pass, document_ids_of, routing_pass
 from .serving import CheckedGeneration, check_vllm
+from .step_labels import count_labels, share_of_step, zero_without_labels
 
 
 class MoEPreTrainedModel(Combined, PreTrainedModel):
@@ -152,19 +152,8 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         return super()._resolve_parallel_plans(distributed_config)
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, every_n_layers=1):
-        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise MoEError(
-                "use_reentrant=True loses the gradient of the router losses without a word; use "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}, which is the default.'
-            )
-
-        def checkpointed(function, *args, **kwargs):
-            if not is_torchdynamo_compiling():
-                # The routers see the same padding and documents again when the layer is recomputed.
-                kwargs["context_fn"] = recompute_contexts
-            return gradient_checkpointing_func(function, *args, **kwargs)
-
-        super()._set_gradient_checkpointing(enable, checkpointed, every_n_layers)
+        function = checkpointing(gradient_checkpointing_func) if enable else gradient_checkpointing_func
+        super()._set_gradient_checkpointing(enable, function, every_n_layers)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -285,7 +274,7 @@ class _MoEWithHead(MoEPreTrainedModel):
         """Run the dense model's forward; in training add the weighted router losses to its loss, once.
 
         With `num_items_in_batch` (the labels of a whole accumulated batch) the router losses are weighted by this
-        micro-batch's share of those labels, as the language-modelling loss is.
+        micro-batch's share of those labels, as the language-modelling loss is. Without a label to learn from, both are 0.
         """
         named = self._named_arguments(args, kwargs)
         return_dict = self._take_flag(named, "return_dict")
@@ -293,6 +282,7 @@ class _MoEWithHead(MoEPreTrainedModel):
         ids = take_ids(self.config, named)
         mixture = OutputMixture() if self._predicts_tokens and self.config.output_mixture else None
         record = self._wants_record(output_router_logits)
+        num_labels = count_labels(self, named, self._predicts_tokens)
         with routing_pass(RoutingPass(record=record, mixture=mixture)) as current:
             # Some heads call the decoder inside the base model, which then does not describe the batch itself.
             self._describe_batch(current, named, ids)
@@ -301,13 +291,16 @@ class _MoEWithHead(MoEPreTrainedModel):
         if self.training and self.config.router_loss_coefs.get("policy_gradient_loss"):
             reward_predictions(current.layers, outputs.logits, named.get("labels"), named.get("shift_labels"))
         loss, aux_loss = outputs.loss, None
+        if self.training and loss is not None:
+            loss = zero_without_labels(loss, num_labels)
         router_losses = losses_by_name(current, self.config, self.training, output_router_logits)
         if router_losses is not None:
             coefficients = loss_coefficients(self.config)
             aux_loss = sum(coefficients[name] * loss for name, loss in router_losses.items())
             if self.training:
                 joint = torch.is_grad_enabled() and self.config.balance_loss_scope == "global_batch"
-                aux_loss = aux_loss * share_of_labels(named, current, joint)
+                share = share_of_step(current.num_tokens(), num_labels, named.get("num_items_in_batch"), joint)
+                aux_loss = aux_loss * share
                 if loss is not None:
                     loss = loss + aux_loss.to(loss.device, loss.dtype)
         outputs = extended(

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import (
 )
 
 from .configuration_moe import MoEConfig
-from .losses import LOSSES, LayerRouting, loss_coefficients, share_of_step, sum_over_ranks
+from .losses import LOSSES, LayerRouting, loss_coefficients, sum_over_ranks
 from .routing_pass import RoutingPass
 
 
@@ -123,12 +123,3 @@ def mean_stats(layers: list[LayerRouting]) -> dict[str, torch.Tensor] | None:
     stats = [layer.routing.stats for layer in layers]
     values = {name: [s[name] for s in stats if name in s] for name in sorted({name for s in stats for name in s})}
     return {name: torch.stack([v.to(of[0].device) for v in of]).mean() for name, of in values.items()} or None
-
-
-def share_of_labels(named: dict, current: RoutingPass, joint: bool) -> torch.Tensor | float:
-    """What the router losses of a pass count for in the optimizer step, from its labels and `num_items_in_batch`."""
-    labels, shift_labels = named.get("labels"), named.get("shift_labels")
-    if shift_labels is None and labels is not None:
-        shift_labels = labels[..., 1:]
-    num_labels = None if shift_labels is None else (shift_labels != -100).sum()
-    return share_of_step(current.num_tokens(), num_labels, named.get("num_items_in_batch"), joint)

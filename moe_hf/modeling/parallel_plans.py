@@ -5,6 +5,7 @@ from transformers.distributed import DistributedConfig
 
 from .configuration_moe import MoEConfig, MoEError
 from .dense_mlp import MLPSite
+from .expert_plan import expert_plan
 
 
 def wildcard(name: str) -> str:
@@ -13,13 +14,10 @@ def wildcard(name: str) -> str:
 
 
 def expert_parallel_plan(block: str, site: MLPSite) -> dict[str, str]:
-    """Each rank holds some of the experts; tokens are sent to the rank of their expert and back."""
+    """The matrices of all experts, and their biases where they have them."""
     first = "gate_up_proj" if site.gated else "up_proj"
     names = [first, "down_proj"] + ([f"{first}_bias", "down_proj_bias"] if site.has_bias else [])
-    return {
-        **{f"{block}.experts.{name}": "grouped_gemm" for name in names},
-        f"{block}.experts": "ep_dispatch_experts",
-    }
+    return expert_plan(block, names)
 
 
 def tensor_parallel_plan(block: str, site: MLPSite) -> dict[str, str]:

@@ -5,14 +5,17 @@ A dense decoder layer calls its MLP with the hidden states alone, so this reache
 Letters: B batch, S sequence, T = B * S tokens, E experts.
 """
 
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache
 from transformers.utils import ModelOutput
+from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import CompileableContextVar
 
 from .cache_names import cache_of
@@ -156,7 +159,44 @@ def routing_pass(value: RoutingPass):
         _ROUTING_PASS.reset(token)
 
 
-def recompute_contexts():
-    """Contexts for a checkpointed forward and its recomputation, which sees the same pass and records nothing."""
+def checkpointing(function: Callable) -> Callable:
+    """torch's `checkpoint`, with arguments that are bound already, for layers whose routers see a forward pass.
+
+    It is not reentrant unless that is asked for.
+
+    Raises:
+        MoEError: for `use_reentrant=True`.
+    """
+    given = getattr(function, "keywords", {})
+    if given.get("use_reentrant"):
+        raise MoEError(
+            "use_reentrant=True loses the gradient of the router losses without a word; use "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}, which is the default.'
+        )
+
+    def checkpointed(layer: Callable, *args, **kwargs):
+        if given.get("use_reentrant") is None:
+            kwargs["use_reentrant"] = False
+        if not is_torchdynamo_compiling():
+            # The routers see the same padding and documents again when the layer is recomputed.
+            kwargs["context_fn"] = partial(recompute_contexts, given.get("context_fn"))
+        return function(layer, *args, **kwargs)
+
+    return checkpointed
+
+
+def recompute_contexts(more: Callable | None = None) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts for a checkpointed forward and its recomputation, which sees the same pass and records nothing.
+
+    Args:
+        more (`Callable`, *optional*): makes two further contexts, as torch's checkpoint takes it for `context_fn`.
+    """
     outer = current_routing_pass() or RoutingPass()
-    return routing_pass(outer), routing_pass(replace(outer, record=False, layers=[], carry={}))
+    own = routing_pass(outer), routing_pass(replace(outer, record=False, layers=[], carry={}))
+    return own if more is None else tuple(_both(*pair) for pair in zip(own, more(), strict=True))
+
+
+@contextmanager
+def _both(first: AbstractContextManager, second: AbstractContextManager) -> Iterator[None]:
+    with first, second:
+        yield

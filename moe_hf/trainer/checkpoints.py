@@ -19,7 +19,14 @@ from transformers.utils import logging
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.trained_files import holds_trained, load_trained
 from moe_hf.finetuning.trained_tensors import plain_class
-from moe_hf.saving import check_shard_index, publish_folder, temporary_sibling, verify_manifest
+from moe_hf.saving import (
+    check_shard_index,
+    publish_folder,
+    publish_into,
+    refuse_foreign_weights,
+    temporary_sibling,
+    verify_manifest,
+)
 from moe_hf.trainer.layouts import is_sharded
 from moe_hf.trainer.optimizer_states import has_state
 
@@ -48,6 +55,14 @@ def newest_whole_checkpoint(output_dir: str | Path) -> Path | None:
         else:
             return folder
     return None
+
+
+def resume_choice(args: TrainingArguments) -> str | bool:
+    """Read `resume_from_checkpoint`: a folder; true for the newest whole one; `auto` for that where there is one."""
+    value = str(args.resume_from_checkpoint or False)
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    return bool(list_checkpoints(args.output_dir)) if value == "auto" else value
 
 
 def choose_checkpoint(output_dir: str | Path, resume: str | bool | None) -> str | None:
@@ -205,18 +220,29 @@ def publish(staging: Path, path: str | Path, *, replace: bool = False) -> None:
 
 
 @contextmanager
-def shared_folder(path: str | Path, *, is_main: bool, num_processes: int) -> Iterator[Path]:
+def shared_folder(path: str | Path, *, is_main: bool, num_processes: int, beside: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that all processes write to and that becomes `path`, with a manifest, at the end.
 
+    Args:
+        beside (`bool`): `path` may exist, and its files go in beside what it holds (`publish_into`).
+
     Raises:
-        MoEError: `path` exists; nothing is left behind.
+        MoEError: `path` exists, or beside holds weights of something else; nothing is left behind.
     """
-    staging = agree(lambda: prepare_folder(path), is_main, num_processes)
+
+    def prepare() -> Path:
+        if not beside:
+            return prepare_folder(path)
+        refuse_foreign_weights(Path(path))
+        # Inside, since a folder that exists may be a file system of its own.
+        return prepare_folder(Path(path) / "save", replace=True)
+
+    staging = agree(prepare, is_main, num_processes)
     try:
         yield staging
         if num_processes > 1:
             torch.distributed.barrier()
-        agree(lambda: publish(staging, path), is_main, num_processes)
+        agree(lambda: publish_into(staging, path) if beside else publish(staging, path), is_main, num_processes)
     except BaseException:
         if is_main:
             shutil.rmtree(staging, ignore_errors=True)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moe_hf.errors import MoEError
 from moe_hf.metrics import IGNORED_LABEL
+from moe_hf.modeling.step_labels import at_least_one
 from moe_hf.trainer.arguments import FinetuneArguments
 from moe_hf.trainer.moe_trainer import MoETrainer
 
@@ -104,7 +105,7 @@ class DistillationTrainer(MoETrainer):
     def _divisor(self, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
         """What `Trainer` divides the sum over a micro-batch's tokens by, so that the ranks' mean is the batch's."""
         if num_items_in_batch is None:
-            return (labels[:, 1:] != IGNORED_LABEL).sum()
+            return at_least_one((labels[:, 1:] != IGNORED_LABEL).sum())
         if not self.args.average_tokens_across_devices:
             return num_items_in_batch
         return num_items_in_batch / (self.accelerator.num_processes // self.get_tp_size())

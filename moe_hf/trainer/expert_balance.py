@@ -211,12 +211,12 @@ class ExpertBalanceCallback(TrainerCallback):
         self._handles = []
 
 
-def add_balance_callback(trainer: Trainer) -> None:
+def add_balance_callback(trainer: Trainer, model: nn.Module) -> None:
     """Add an `ExpertBalanceCallback` to the trainer of a model whose routers follow whole optimizer steps, once."""
-    config = getattr(trainer.model, "config", None)
+    config = getattr(model, "config", None)
     has_bias = getattr(config, "balance_strategy", None) == "bias"
     counts_steps = getattr(config, "balance_loss_scope", None) == "global_batch"
     given = any(isinstance(callback, ExpertBalanceCallback) for callback in trainer.callback_handler.callbacks)
-    keeps_state = any(vars(module).get("state_names") for module in trainer.model.modules())
+    keeps_state = any(vars(module).get("state_names") for module in model.modules())
     if (has_bias or counts_steps or keeps_state) and not given:
         trainer.add_callback(ExpertBalanceCallback())

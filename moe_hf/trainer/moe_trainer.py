@@ -1,7 +1,8 @@
 """`MoETrainer`: transformers' Trainer with checkpoints that can be trusted and losses that a MoE needs."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from moe_hf.errors import MoEError
@@ -18,14 +19,15 @@ from moe_hf.finetuning.lora_config import ExpertLoraConfig
 from moe_hf.finetuning.lora_sharding import is_sharded as experts_are_sharded
 from moe_hf.finetuning.model_to_save import model_to_save
 from moe_hf.finetuning.save_guard import guard_saving
-from moe_hf.finetuning.scopes import ScopeReport, apply_scope, report_scope, scope_parameter_names
+from moe_hf.finetuning.scopes import apply_scope, report_scope, scope_parameter_names
 from moe_hf.finetuning.trained_tensors import has_peft, inner_model
 from moe_hf.hub import push_model
 from moe_hf.kernels import has_stored
 from moe_hf.reporting.card import model_card
 from moe_hf.reporting.card_facts import this_hardware, training_facts
 from moe_hf.trainer.arguments import MoETrainingArguments
-from moe_hf.trainer.checkpoints import choose_checkpoint, weights_at_hand
+from moe_hf.trainer.card_arguments import take_card_arguments
+from moe_hf.trainer.checkpoints import choose_checkpoint, resume_choice, weights_at_hand
 from moe_hf.trainer.layouts import accelerate_shards, distribute, is_sharded
 from moe_hf.trainer.resumable import ResumableTrainer
 from moe_hf.trainer.step_trainer import StepTrainer
@@ -68,21 +70,42 @@ class MoETrainer(StepTrainer, ResumableTrainer):
         args (`MoETrainingArguments` or `TrainingArguments`): without a scope, the parameters that require gradients train.
         given_dtype (`torch.dtype`, *optional*): what `save_model` writes where the model was loaded in another dtype than
             its checkpoint has, as FSDP needs for float32 masters. By default each parameter's dtype.
+        model_init (`Callable`, *optional*): makes a model instead, anew for each `train`, as `Trainer` takes it.
         kwargs: as `Trainer` takes them.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None = None,
         args: TrainingArguments | None = None,
         *,
         given_dtype: torch.dtype | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
         **kwargs,
     ) -> None:
         if args is None:
             args = MoETrainingArguments(output_dir="trainer_output")
-        self._given_dtypes = {name: given_dtype or p.dtype for name, p in model.named_parameters()}
-        self.scope_report: ScopeReport | None = None
+        self._given_dtype, self.scope_report = given_dtype, None
+        if (model is None) == (model_init is None):
+            raise MoEError("MoETrainer needs a model or a model_init that makes one, and not both.")
+        if model_init is not None:
+            _refuse_made_in_shards(args)
+            self.model_init = model_init
+            set_seed(args.seed)
+            model = StepTrainer.call_model_init(self)
+        self._choose_what_trains(model, args)
+        args.logging_nan_inf_filter = False
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        _make_dtypes_alike(model, args)
+        super().__init__(model=model, args=args, **kwargs)
+        self.model_init = model_init
+        guard_saving(self._unwrapped())
+        if self.scope_report is not None and self.is_world_process_zero():
+            print(self.scope_report)
+
+    def _choose_what_trains(self, model: PreTrainedModel, args: TrainingArguments) -> None:
+        self._given_dtypes = {name: self._given_dtype or p.dtype for name, p in model.named_parameters()}
         if isinstance(args, MoETrainingArguments) and args.scope == LORA_SCOPE:
             layout = args.layout()
             if layout is not None and layout.tp_size > 1 and layout.ep_size == 1:
@@ -104,34 +127,39 @@ class MoETrainer(StepTrainer, ResumableTrainer):
             )
         _check_trainable(model)
         _choose_autocast(args, model, set(self._given_dtypes.values()))
-        args.logging_nan_inf_filter = False
-        if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False
-        _make_dtypes_alike(model, args)
-        super().__init__(model=model, args=args, **kwargs)
-        guard_saving(self._unwrapped())
-        if self.scope_report is not None and self.is_world_process_zero():
-            print(self.scope_report)
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        """As `Trainer.call_model_init`; what trains of the new model, and what follows its routers, is as before."""
+        model = super().call_model_init(trial)
+        self._choose_what_trains(model, self.args)
+        self._wrapped_names = None
+        self.follow(model)
+        guard_saving(model)
+        return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Train as `Trainer.train` does.
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint's folder, or `True` for the newest whole one.
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint's folder, or `True` for the newest whole one;
+                by default what `args` says.
 
         Raises:
             MoEError: nothing to resume from, a damaged checkpoint, or a fresh start among an earlier run's checkpoints.
         """
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = resume_choice(self.args)
         checkpoint = self._agree(lambda: choose_checkpoint(self.args.output_dir, resume_from_checkpoint))
         if checkpoint is not None and self.is_world_process_zero():
             print(f"Resuming from {checkpoint}, whose manifest holds.")
         return super().train(checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write model, code and tokenizer to a new folder with a manifest, in the dtypes the model came with.
+        """Write model, code and tokenizer to a folder with a manifest, in the dtypes the model came with.
 
         Args:
-            output_dir (`str`, *optional*): must not exist; `args.output_dir/final` by default.
+            output_dir (`str`, *optional*): must not exist; `args.output_dir/final` by default. `args.output_dir` itself is
+                allowed: the files go in beside the checkpoints, in the place of an earlier save.
         """
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
@@ -163,18 +191,21 @@ class MoETrainer(StepTrainer, ResumableTrainer):
         revision: str | None = None,
         private: bool | None = None,
         **kwargs,
-    ) -> CommitInfo | None:
+    ) -> CommitInfo | Future | None:
         """Push model, code, tokenizer and card in one commit (`moe_hf.hub.push_model`), from the main process.
 
         Args:
-            kwargs: as `push_model` takes them.
+            blocking (`bool`): it always waits until the commit was compared; with False a `Future` that is done is returned.
+            kwargs: as `push_model` takes them, and what `Trainer.push_to_hub` says on the card (`finetuned_from`,
+                `language`, `license`, `tags`, `model_name`, `tasks`, `dataset_tags`, `dataset`, `dataset_args`).
         """
+        facts, kwargs = take_card_arguments(kwargs, push_model)
         weights = self._weights_as_given() if is_sharded(self.model) else {}
         if not self.is_world_process_zero():
             return None
         at_hand = weights_at_hand(self._unwrapped(), weights)
         with self._given_dtypes_restored(), at_hand:
-            return push_model(
+            commit = push_model(
                 self._unwrapped(),
                 self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
                 self.processing_class if self.processing_class is not None else False,
@@ -182,8 +213,13 @@ class MoETrainer(StepTrainer, ResumableTrainer):
                 token=token or self.args.hub_token,
                 commit_message=commit_message,
                 revision=revision or self.args.hub_revision,
-                **{"card_facts": self._card_facts(), **kwargs},
+                **{"card_facts": self._card_facts(facts), **kwargs},
             )
+        if blocking:
+            return commit
+        done = Future()
+        done.set_result(commit)
+        return done
 
     def _save_merged(self, folder: Path) -> None:
         """Write the model whole, or adapters of PEFT where these alone train."""
@@ -196,10 +232,12 @@ class MoETrainer(StepTrainer, ResumableTrainer):
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(folder)
 
-    def _card_facts(self) -> dict[str, Any]:
-        """What the card says about the run, once it has trained."""
-        trained = self.state.global_step > 0
-        return {"training": training_facts(vars(self.state), this_hardware())} if trained else {}
+    def _card_facts(self, given: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What the card says about the run, once it has trained, and what else is given."""
+        given = dict(given or {})
+        rows = training_facts(vars(self.state), this_hardware()) if self.state.global_step > 0 else {}
+        rows |= given.pop("training", {})
+        return given | ({"training": rows} if rows else {})
 
     def _weights_as_given(self) -> dict[str, torch.Tensor]:
         weights = self._whole_weights(copied=False)
@@ -245,6 +283,16 @@ def _refuse_selected_in_shards(model: nn.Module, args: MoETrainingArguments) -> 
         raise MoEError(
             "The scope selected trains in one process or with DDP, not in shards. Leave fsdp_size, ep_size, tp_size and "
             "deepspeed out, or give the chosen experts adapters: scope expert_lora, with the same expert_selection."
+        )
+
+
+def _refuse_made_in_shards(args: TrainingArguments) -> None:
+    """A layout is given to the one model that a trainer starts with."""
+    layout = args.layout() if isinstance(args, MoETrainingArguments) else None
+    if layout is not None or accelerate_shards(args) or args.deepspeed:
+        raise MoEError(
+            "model_init makes a new model for each run, in one process or with DDP, not in shards. Give the model itself, "
+            "or leave fsdp_size, ep_size, tp_size and deepspeed out."
         )
 
 

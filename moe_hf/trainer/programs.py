@@ -33,7 +33,7 @@ from moe_hf.trainer.arguments import (
     MoEArgumentParser,
     MoETrainingArguments,
 )
-from moe_hf.trainer.checkpoints import agree, choose_checkpoint, list_checkpoints
+from moe_hf.trainer.checkpoints import agree, choose_checkpoint, resume_choice
 from moe_hf.trainer.comparison import train_beside_control
 from moe_hf.trainer.deepspeed import loaded_whole
 from moe_hf.trainer.layouts import check_config, check_launch, describe_layout
@@ -292,11 +292,3 @@ def evaluate_and_record(trainer: MoETrainer) -> dict[str, float]:
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics, combined=False)
     return metrics
-
-
-def resume_choice(args: MoETrainingArguments) -> str | bool:
-    """Read `resume_from_checkpoint`: a folder; true for the newest whole one; `auto` for that where there is one."""
-    value = str(args.resume_from_checkpoint or False)
-    if value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    return bool(list_checkpoints(args.output_dir)) if value == "auto" else value

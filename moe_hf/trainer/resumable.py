@@ -372,7 +372,8 @@ class ResumableTrainer(Trainer):
 
     def _folder(self, path: str | Path):
         main, count = self.is_world_process_zero(), self.accelerator.num_processes
-        return shared_folder(path, is_main=main, num_processes=count)
+        beside = Path(path).absolute() == Path(self.args.output_dir).absolute()
+        return shared_folder(path, is_main=main, num_processes=count, beside=beside)
 
     def _unwrapped(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

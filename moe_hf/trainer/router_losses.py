@@ -23,7 +23,8 @@ from torch.utils.hooks import RemovableHandle
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.router_watch import ForwardPass, RouterDecision, RouterWatch
 from moe_hf.modeling.configuration_moe import MoEConfig
-from moe_hf.modeling.losses import LOSSES, LayerRouting, loss_coefficients, share_of_step, sum_over_ranks
+from moe_hf.modeling.losses import LOSSES, LayerRouting, loss_coefficients, sum_over_ranks
+from moe_hf.modeling.step_labels import share_of_step
 from moe_hf.trainer.expert_balance import BIAS, reset_step_counts, start_counting
 from moe_hf.unwrapping import transformer_of
 
@@ -91,7 +92,9 @@ class RouterLosses:
         self._handles: list[RemovableHandle] = []
         self._watch: RouterWatch | None = None
         self.has_entered = False
+        # Of the last forward pass, by name: the losses, unweighted, and this package's models' figures.
         self.reported: dict[str, torch.Tensor] = {}
+        self.stats: dict[str, torch.Tensor] | None = None
         if self._is_ours:
             for name, value in (self._given | {"balance_loss_scope": balance_loss_scope}).items():
                 if value is not None:
@@ -258,7 +261,10 @@ class RouterLosses:
         current = ForwardPass()
 
         def read(module: nn.Module, args: tuple, outputs: object) -> None:
-            if not (current.is_step and any(self.coefficients.values())):
+            if not current.is_step:
+                return
+            self.stats = outputs.get("router_stats") if isinstance(outputs, Mapping) else None
+            if not any(self.coefficients.values()):
                 return
             if not isinstance(outputs, Mapping) and module is self.model:
                 raise MoEError("return_dict=False hides the router losses from training. Leave it unset.")

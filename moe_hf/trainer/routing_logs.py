@@ -8,22 +8,19 @@ from moe_hf.modeling.losses import sum_over_ranks
 
 
 class RoutingLogs:
-    """Collects `router_losses` and `router_stats` of forward passes without waiting for the device."""
+    """Collects the losses and the figures of routers in forward passes without waiting for the device."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
 
-    def add(self, outputs: object) -> None:
-        """Add one micro-batch; outputs without these fields, as of other models, add nothing."""
-        if not isinstance(outputs, Mapping):
-            return
-        for field in ("router_losses", "router_stats"):
-            for name, value in (outputs.get(field) or {}).items():
-                # Data-parallel replicas return one value each.
-                value = value.detach().float().mean()
-                self._sums[name] = self._sums[name] + value if name in self._sums else value
-                self._counts[name] = self._counts.get(name, 0) + 1
+    def add(self, *figures: Mapping[str, torch.Tensor] | None) -> None:
+        """Add the figures of one micro-batch by name; None adds nothing."""
+        for name, value in (item for group in figures for item in (group or {}).items()):
+            # Data-parallel replicas return one value each.
+            value = value.detach().float().mean()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def take(self) -> dict[str, float]:
         """The means over the micro-batches of all processes by name, and start anew."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from moe_hf import MoEConfig, MoEError, MoEForCausalLM, upcycle
 from moe_hf.modeling.losses import loss_coefficients
@@ -208,6 +209,35 @@ def test_accumulated_router_loss_is_the_token_weighted_mean_in_float64():
 def test_reentrant_checkpointing_is_refused():
     with pytest.raises(MoEError, match="use_reentrant"):
         make_model().activation_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("way", ["nothing", "empty", "other", "none", "selective", "kbit"])
+def test_checkpointing_is_not_reentrant_unless_it_is_asked_for(way):
+    seen = []
+
+    def selective():
+        seen.append(way)
+        return create_selective_checkpoint_contexts(lambda ctx, op, *args, **kwargs: CheckpointPolicy.PREFER_RECOMPUTE)
+
+    given = {"empty": {}, "other": {"preserve_rng_state": False}, "none": {"use_reentrant": None}}
+    given |= {"selective": {"use_reentrant": False, "context_fn": selective}, "nothing": None}
+    gradients = []
+    for is_checkpointed in (False, True):
+        model = make_model().train()
+        if way == "kbit":
+            model.is_loaded_in_4bit = True
+            peft = pytest.importorskip("peft")
+            peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=is_checkpointed)
+            model.requires_grad_(True)
+        elif is_checkpointed:
+            model.gradient_checkpointing_enable(given[way])
+        ids = random_ids(2, 12)
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-6)
+    assert bool(seen) == (way == "selective"), "what is given acts"
 
 
 @pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global_batch"])

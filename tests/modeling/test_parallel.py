@@ -1,9 +1,12 @@
 """Gloo ranks: in each layout each kind of block has one process's logits, gradients and saved weights, or is refused."""
 
 import pytest
+import torch
 
+from moe_hf import MoEConfig, MoEModel
 from tests.modeling.parallel_worker import FOUR, LAYOUTS, MODELS
 from tests.processes import Cases, shared_folder
+from tests.tiny_models import tiny_config
 
 
 # What cannot be, and what the refusal says.
@@ -53,3 +56,13 @@ def assert_equal(found: dict, is_fsdp: bool) -> None:
     worst = max(found["gradients"], key=found["gradients"].get)
     assert found["gradients"][worst] <= 5e-6, worst
     assert found["saved_is_equal"] and found["auto_map_is_equal"] and found["code_is_equal"]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "nemotron", "starcoder2", "gpt2"])
+def test_a_configuration_alone_answers_the_plan_of_its_model_s_experts(family):
+    config = MoEConfig(text_config=tiny_config(family), num_experts=4)
+    with torch.device("meta"):
+        model = MoEModel(config)
+    of_model = {name: style for name, style in model.ep_plan.items() if not name.endswith("_bias")}
+    assert config.base_model_ep_plan == (None if family == "gpt2" else of_model)
+    assert MoEConfig(text_config=tiny_config(family), router_type="segment_merge").base_model_ep_plan is None

@@ -10,10 +10,11 @@ import torch
 from datasets import Dataset
 
 import moe_hf
-from moe_hf.modeling.losses import share_of_step
+from moe_hf.modeling.step_labels import share_of_step
 from tests.tiny_models import random_ids, tiny_native_moe
 from tests.trainer.multiplier import ACCUMULATIONS, HAS_TRL, MODELS, WAYS, multipliers, router_gradient
 from tests.trainer.runs import GradientRecorder, arguments, of_all_processes, rows, tiny_moe
+from tests.trainer.unlabelled import SHARED, run
 
 
 WITH_BIAS = ("glm4_moe", "deepseek_v3")
@@ -108,6 +109,8 @@ def main(folder: Path) -> None:
         results[family] = of_all_processes(native_biases(family, folder / family, per_device_batch=4))
     for kind in MODELS:
         results[f"telemetry_{kind}"] = telemetry(kind, folder / f"telemetry_{kind}", per_device_batch=4)
+    for name in SHARED:
+        results[f"unlabelled {name}"] = run(name, folder / name)
     results["stopped"] = of_all_processes(stopped(folder / "stopped"))
     results["shares"] = of_all_processes(shares())
     results["world_size"] = torch.distributed.get_world_size()

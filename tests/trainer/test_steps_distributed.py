@@ -8,6 +8,7 @@ import torch
 from tests.processes import launch_once, shared_folder, torchrun
 from tests.trainer.multiplier import ACCUMULATIONS, HAS_TRL, MODELS, WAYS
 from tests.trainer.step_runs import WITH_BIAS, joint_gradient, native_biases, telemetry
+from tests.trainer.unlabelled import SHARED, run
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,14 @@ def test_telemetry_covers_all_processes(kind, results, tmp_path):
 def test_a_gradient_that_is_not_finite_in_one_process_stops_both(results):
     for message in results["stopped"]:
         assert message.startswith("The gradient of model.layers.1.mlp.gate.weight is not finite at step 1")
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_process_without_labels_and_a_step_without_any_are_those_of_one_process(name, results, tmp_path):
+    two, one = results[f"unlabelled {name}"], run(name, tmp_path)
+    assert two["largest"][0] == 0.0 and min(two["largest"][1:]) > 1e-3 and two["warnings"] == 1
+    for parameter, tensor in one["weights"].items():
+        torch.testing.assert_close(two["weights"][parameter], tensor, rtol=0, atol=1e-6)
 
 
 def test_shares_of_a_step_add_up(results):
