@@ -6,6 +6,7 @@ Letters: D model width, F expert width, E experts, K experts per token.
 import os
 from typing import Any, ClassVar
 
+import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from packaging.version import Version
@@ -373,7 +374,9 @@ class MoEConfig(PreTrainedConfig):
         text_config = self.__dict__.get("text_config")
         if "_post_init_done" in self.__dict__ and isinstance(text_config, PreTrainedConfig):
             if name in _MIRRORED:
-                setattr(text_config, name, value)
+                # Saving leaves the name of a dtype here, and some dense classes compute with it.
+                is_named = name == "dtype" and isinstance(value, str)
+                setattr(text_config, name, getattr(torch, value, value) if is_named else value)
             elif not (name.startswith("_") or hasattr(type(self), name) or name in self.__dict__) and hasattr(
                 text_config, name
             ):

@@ -253,3 +253,11 @@ def test_trained_tokens_of_an_adapter_survive_merging(tied):
     expected = adapted(ids).logits
     actual = adapted.merge_and_unload()(ids).logits
     assert float((actual - expected).detach().norm() / expected.detach().norm()) <= 1e-5
+
+
+def test_a_model_can_be_made_of_the_configuration_of_a_saved_one(tmp_path):
+    # Saving leaves the name of its dtype in a configuration; apertus computes with it.
+    model = upcycle(tiny_dense("apertus"), num_experts=2)
+    model.save_pretrained(tmp_path)
+    assert model.config.text_config.dtype == torch.float32
+    assert MoEForCausalLM(model.config).config.num_experts == 2
