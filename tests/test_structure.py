@@ -31,7 +31,7 @@ MODELING_ORDER = [
     ("token_choice", "segment_merge"),
     ("expert_choice", "soft_gates"),
     ("routers", "custom_code", "output_mixture"),
-    ("routing_pass", "serving"),
+    ("routing_pass", "serving", "travelling_code"),
     "router",
     ("moe_block", "mixed_predictions", "outputs", "step_labels"),
     "dynamic_class",

@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -47,8 +47,8 @@ def compiled(model):
 
 
 def in_place(model):
-    model.add_adapter(LORA)
-    return model
+    """As `add_adapter` of transformers does it, which asks for a newer PEFT in some versions."""
+    return inject_adapter_in_model(LORA, model)
 
 
 def prepared(model):
@@ -77,7 +77,7 @@ PLAIN = {
 }
 WITH_PEFT = {
     "PEFT": lambda model: get_peft_model(model, LORA),
-    "add_adapter": in_place,
+    "in place": in_place,
     "PEFT, compiled": lambda model: compiled(get_peft_model(model, LORA)),
     "modules_to_save": lambda model: get_peft_model(
         model, LoraConfig(r=1, target_modules=["q_proj"], modules_to_save=["lm_head"])
@@ -174,6 +174,12 @@ def deltas(model, folder):
     return moe_hf.load_expert_deltas(model, path).experts
 
 
+def trained(model, folder):
+    moe_hf.apply_scope(model, "router")
+    moe_hf.load_trained(model, moe_hf.save_trained(model, folder))
+    return numbers(unwrapped(model))
+
+
 def counted(model):
     handles = moe_hf.start_counting(model)
     unwrapped(model).train()(IDS)
@@ -206,6 +212,7 @@ CALLS = {
     "inspect_model": (lambda model, folder: moe_hf.inspect_model(model).active_parameters, KEPT),
     "load_expert_deltas": (deltas, KEPT),
     "load_expert_lora": (through_files, KEPT),
+    "load_trained": (trained, KEPT),
     "merge_expert_lora": (lambda model, folder: merged(model), KEPT),
     "merge_selected_experts": (lambda model, folder: merged_selection(model), KEPT),
     "model_bytes": (lambda model, folder: moe_hf.model_bytes(model).in_memory, KEPT),
@@ -237,6 +244,7 @@ SAME_CALL = {
     "cache_report": ("offload_experts", "quantize_experts", "restore_experts"),
     "load_expert_deltas": ("save_expert_deltas",),
     "load_expert_lora": ("save_expert_lora", "remove_expert_lora"),
+    "load_trained": ("save_trained",),
     "merge_expert_lora": ("unmerge_expert_lora",),
     "start_counting": ("update_router_state",),
 }

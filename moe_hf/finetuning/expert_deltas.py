@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moe_hf.errors import MoEError
+from moe_hf.finetuning.base_record import sampled
 from moe_hf.finetuning.expert_selection import ExpertSelection
 from moe_hf.finetuning.moe_blocks import find_moe_blocks
 from moe_hf.finetuning.selected_experts import CHILD, selected_modules, stacked_parameters
@@ -26,8 +27,6 @@ from moe_hf.unwrapping import unwrapped
 
 DELTAS_NAME = "expert_deltas.safetensors"
 FORMAT = "moe_hf.expert_deltas"
-# Values of a tensor, or of one expert's part of it, that the fingerprint looks at.
-SAMPLED_VALUES = 1024
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,7 @@ def frozen_fingerprint(model: nn.Module, experts: dict[str, tuple[int, ...]], ot
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         parts = [parameter] if name not in rows else [p for i, p in enumerate(parameter) if i not in rows[name]]
         for part in parts:
-            flat = part.detach().reshape(-1)
-            places = torch.linspace(
-                0, max(flat.numel() - 1, 0), min(SAMPLED_VALUES, flat.numel()), dtype=torch.float64
-            )
-            digest.update(flat[places.long().to(flat.device)].float().cpu().numpy().tobytes())
+            digest.update(sampled(part.detach().reshape(1, -1)).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -11,27 +11,33 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from moe_hf.errors import MoEError
+from moe_hf.finetuning.base_record import base_record, check_base
 from moe_hf.finetuning.expert_lora import (
     ExpertLora,
     add_expert_lora,
     chosen_experts,
     layer_of,
     lora_adapters,
+    merge_expert_lora,
     remove_expert_lora,
+    unmerge_expert_lora,
 )
 from moe_hf.finetuning.expert_selection import ExpertSelection
 from moe_hf.finetuning.lora_config import ExpertLoraConfig
 from moe_hf.finetuning.lora_sharding import local, whole
-from moe_hf.finetuning.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, from_peft, to_peft
+from moe_hf.finetuning.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, RANK_MAJOR, from_peft, layout_of, to_peft
 from moe_hf.saving import read_json_object, temporary_sibling
+from moe_hf.unwrapping import unwrapped
 
 
 LORA_NAME = "expert_lora.safetensors"
 FORMAT = "moe_hf.expert_lora"
+# What the header of weights in PEFT's layout says besides.
+PEFT_FACTS = "moe_hf"
 FORMATS = ("moe_hf", "peft")
 Matrices = dict[str, torch.Tensor]
 
@@ -52,62 +58,112 @@ def save_expert_lora(model: nn.Module, folder: str | Path, *, file_format: str =
     """
     if file_format not in FORMATS:
         raise MoEError(f"file_format is {file_format!r}; it must be {' or '.join(FORMATS)}.")
+    model = unwrapped(model)
     adapters = lora_adapters(model)
     if not adapters:
         raise MoEError(f"{type(model).__name__} has no adapters of experts: add_expert_lora(model, config) first.")
     config = next(iter(adapters.values())).config
     tensors = {f"{name}.{key}": value for name, a in adapters.items() for key, value in _gathered(a).items()}
-    folder = Path(folder).expanduser()
+    folder, base = Path(folder).expanduser(), _base_below(model, adapters)
     if file_format == "moe_hf":
-        facts = {"config": config.to_dict(), "experts": {name: a.all_ids for name, a in adapters.items()}}
+        facts = {
+            "config": config.to_dict(),
+            "experts": {name: a.all_ids for name, a in adapters.items()},
+            "base": base,
+        }
         metadata = {"format": FORMAT, "version": "1", "facts": json.dumps(facts)}
         files: dict[str, Any] = {LORA_NAME: (tensors, metadata)}
     else:
         peft_config, peft_tensors = to_peft(model, config, adapters, tensors)
-        files = {PEFT_WEIGHTS: (peft_tensors, {"format": "pt"}), PEFT_CONFIG: peft_config}
+        # In the weights' header, which PEFT does not read: it warns of fields of its config that it does not know.
+        metadata = {"format": "pt", PEFT_FACTS: json.dumps({"lora_B_layout": RANK_MAJOR, "base": base})}
+        files = {PEFT_WEIGHTS: (peft_tensors, metadata), PEFT_CONFIG: peft_config}
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         _write(folder, files)
     return folder
 
 
-def load_expert_lora(model: nn.Module, folder: str | Path) -> nn.Module:
+def load_expert_lora(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    allow_other_base: bool = False,
+    lora_B_layout: str | None = None,
+) -> nn.Module:
     """Give `model` the adapters in `folder`, in place: those of `save_expert_lora`, or PEFT's with `target_parameters`.
 
-    A model that has adapters already keeps them and gets the values, if they are of the same experts and ranks.
+    A model that has adapters already keeps them and gets the values, if they are of the same experts and ranks. Files of
+    `save_expert_lora` say which weights they were trained on, whose fingerprint is compared; of others, and where experts are
+    quantized or offloaded, what cannot be compared is warned of or left out.
+
+    Args:
+        allow_other_base (`bool`): put them onto a model that is not the one that they were trained on.
+        lora_B_layout (`str`, *optional*): how PEFT's files hold the columns of an expert in `lora_B`: apart (`"rank_major"`,
+            as PEFT does) or together (`"expert_major"`, as Unsloth did before September 2026). Files of Unsloth that do not
+            say it need it.
 
     Returns:
         the same model, with all but the adapters frozen.
 
     Raises:
-        MoEError: no adapters there, damaged files, or ones that do not fit the model; the model is then unchanged.
+        MoEError: no adapters there, damaged files, ones that do not fit the model, or that were trained on another one; the
+            model is then unchanged.
     """
-    folder = Path(folder).expanduser()
+    given, model = model, unwrapped(model)
+    folder, ids, named = Path(folder).expanduser(), None, None
     if (folder / LORA_NAME).is_file():
-        config, tensors, ids = _read(folder / LORA_NAME)
+        if lora_B_layout is not None:
+            raise MoEError(f"lora_B_layout is for files of PEFT, and {folder / LORA_NAME} is none: leave it out.")
+        config, tensors, ids, base = _read(folder / LORA_NAME)
     elif (folder / PEFT_CONFIG).is_file():
-        try:
-            peft_config = read_json_object(folder / PEFT_CONFIG)
-            peft_tensors = load_file(folder / PEFT_WEIGHTS)
-        except (OSError, SafetensorError) as error:
-            raise MoEError(f"{folder} cannot be read as adapters of PEFT: {error}.") from error
-        config, tensors = from_peft(model, peft_config, peft_tensors)
-        ids = None
+        config, tensors, base, named = _read_peft(model, folder, lora_B_layout)
     else:
         raise MoEError(f"{folder} has neither {LORA_NAME} nor {PEFT_CONFIG}.")
     _refuse_ranks_that_no_tensor_has(model, config, tensors, folder)
     had = bool(lora_adapters(model))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not had:
-        add_expert_lora(model, config)
+        add_expert_lora(given, config)
     try:
-        _fill(model, config, tensors, ids, folder)
+        targets = _targets(model, config, tensors, ids, folder)
+        if not allow_other_base:
+            check_base(model, base, folder, named)
     except MoEError:
         if not had:
             remove_expert_lora(model)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in trained)
         raise
-    return model
+    for here, rows in targets:
+        here.data[: len(rows)].copy_(rows)
+    return given
+
+
+def _base_below(model: nn.Module, adapters: dict[str, ExpertLora]) -> dict[str, Any]:
+    """The record of the model below the adapters, which are taken out of its weights for that time if they are merged."""
+    merged = any(adapter.merged for adapter in adapters.values())
+    if merged:
+        unmerge_expert_lora(model)
+    try:
+        return base_record(model)
+    finally:
+        if merged:
+            merge_expert_lora(model)
+
+
+def _read_peft(
+    model: nn.Module, folder: Path, lora_B_layout: str | None
+) -> tuple[ExpertLoraConfig, Matrices, dict[str, Any] | None, str | None]:
+    peft_config = read_json_object(folder / PEFT_CONFIG)
+    try:
+        with safe_open(folder / PEFT_WEIGHTS, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get(PEFT_FACTS, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            base, recorded = facts.get("base"), facts.get("lora_B_layout")
+    except (OSError, SafetensorError, ValueError, AttributeError, RecursionError) as error:
+        raise MoEError(f"{folder} cannot be read as adapters of PEFT: {error}.") from error
+    config, tensors = from_peft(model, peft_config, tensors, layout_of(peft_config, recorded, lora_B_layout))
+    return config, tensors, base, peft_config.get("base_model_name_or_path")
 
 
 def _refuse_ranks_that_no_tensor_has(
@@ -131,10 +187,10 @@ def _gathered(adapter: ExpertLora) -> Matrices:
     return {name: whole(p.detach())[order].cpu().contiguous() for name, p in adapter.named_parameters()}
 
 
-@torch.no_grad()
-def _fill(
+def _targets(
     model: nn.Module, config: ExpertLoraConfig, tensors: Matrices, ids: dict[str, list[int]] | None, folder: Path
-) -> None:
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The tensors of the model's adapters in this process, each with the rows that it gets."""
     adapters = lora_adapters(model)
     expected = {f"{name}.{key}" for name, adapter in adapters.items() for key, _ in adapter.named_parameters()}
     strange = sorted(expected ^ tensors.keys())
@@ -155,8 +211,7 @@ def _fill(
                     f"{len(adapter.all_ids)} experts have {tuple(here.shape[1:])} each."
                 )
             targets.append((here, values[[adapter.all_ids.index(expert) for expert in adapter.ids]]))
-    for here, rows in targets:
-        here.data[: len(rows)].copy_(rows)
+    return targets
 
 
 def _write(folder: Path, files: dict[str, Any]) -> None:
@@ -176,7 +231,7 @@ def _write(folder: Path, files: dict[str, Any]) -> None:
         raise MoEError(f"{folder} cannot be written: {error}.") from error
 
 
-def _read(path: Path) -> tuple[ExpertLoraConfig, Matrices, dict[str, list[int]]]:
+def _read(path: Path) -> tuple[ExpertLoraConfig, Matrices, dict[str, list[int]], dict[str, Any] | None]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -185,10 +240,11 @@ def _read(path: Path) -> tuple[ExpertLoraConfig, Matrices, dict[str, list[int]]]
             facts = json.loads(metadata["facts"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             config, experts = facts["config"], ExpertSelection.load(facts["experts"]).experts
+            base = facts.get("base")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, MoEError):
             raise
         raise MoEError(f"{path} cannot be read as adapters: {error!r}.") from error
     if isinstance(config, dict) and isinstance(config.get("experts"), str):
         raise MoEError(f"{path} says that its experts are in the file {config['experts']!r}: it is damaged.")
-    return ExpertLoraConfig.from_dict(config), tensors, {name: list(ids) for name, ids in experts.items()}
+    return ExpertLoraConfig.from_dict(config), tensors, {name: list(ids) for name, ids in experts.items()}, base

@@ -1,13 +1,20 @@
 """The layout of PEFT's LoRA on `target_parameters`, both ways.
 
 PEFT stacks the experts of a weight (E, O, I) in `lora_A` (E * r, I), an expert's rows together, and in `lora_B` (O, r * E),
-an expert's columns E apart. Where several weights of a module have adapters it nests them: the first in the module's order
-is the innermost, under one `base_layer` for each that follows.
+an expert's columns E apart ("rank-major"). Where several weights of a module have adapters it nests them: the first in the
+module's order is the innermost, under one `base_layer` for each that follows.
+
+Files of others differ from that in two ways. Unsloth before September 2026 put an expert's columns of `lora_B` together
+("expert-major"), in files that look the same (https://github.com/unslothai/unsloth/issues/6930). And PEFT up to 0.19.0 took some
+weights for (E, I, O), so that `lora_A` holds what belongs to the outputs (https://github.com/unslothai/unsloth/issues/5410): up to
+0.18 those that are (E, O, I), in 0.19.0 all.
 """
 
+import json
 from typing import Any
 
 import torch
+from packaging.version import InvalidVersion, Version
 from torch import nn
 
 from moe_hf.errors import MoEError
@@ -18,6 +25,12 @@ from moe_hf.finetuning.moe_blocks import experts_in, find_moe_blocks
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+RANK_MAJOR, EXPERT_MAJOR = "rank_major", "expert_major"
+LAYOUTS = (RANK_MAJOR, EXPERT_MAJOR)
+# What Unsloth writes into adapter_config.json, from September 2026 on.
+LAYOUT_FIELD, LAYOUTS_OF_UNSLOTH = "lora_B_layout", {"rank_major": RANK_MAJOR, "grouped_by_expert": EXPERT_MAJOR}
+# The first PEFT with the layout that is written here.
+WRITTEN_VERSION = "0.19.1"
 Matrices = dict[str, torch.Tensor]
 
 
@@ -52,6 +65,7 @@ def to_peft(
             targets.add(f"{_tail(block)}experts.{name}")
     peft_config = {
         "peft_type": "LORA",
+        "peft_version": WRITTEN_VERSION,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(model.config, "_name_or_path", "") or None,
         "r": rank,
@@ -66,8 +80,13 @@ def to_peft(
     return peft_config, result
 
 
-def from_peft(model: nn.Module, peft_config: dict[str, Any], tensors: Matrices) -> tuple[ExpertLoraConfig, Matrices]:
+def from_peft(
+    model: nn.Module, peft_config: dict[str, Any], tensors: Matrices, layout: str
+) -> tuple[ExpertLoraConfig, Matrices]:
     """The inverse: a config, and tensors named `{block}.{map}_{A or B}`, of all experts.
+
+    Args:
+        layout (`str`): how `lora_B` is packed, of `LAYOUTS`.
 
     Raises:
         MoEError: the files are not of `target_parameters` on experts alone, or do not fit the model.
@@ -76,9 +95,11 @@ def from_peft(model: nn.Module, peft_config: dict[str, Any], tensors: Matrices) 
     # PEFT itself takes a list; a pattern as one text names parameters that only it can find.
     targets = targets if isinstance(targets, list) else []
     names = tuple(name for name in TARGETS if any(str(target).rpartition(".")[2] == name for target in targets))
-    if peft_config.get("peft_type") != "LORA" or not names or peft_config.get("rank_pattern"):
+    several = peft_config.get("rank_pattern") or peft_config.get("alpha_pattern") or peft_config.get("use_dora")
+    if peft_config.get("peft_type") != "LORA" or not names or several:
         raise MoEError(
-            "The files of PEFT are no LoRA on target_parameters of experts with one rank. Load them with PeftModel."
+            "The files of PEFT are no LoRA on target_parameters of experts with one rank and scale. Load them with "
+            "PeftModel."
         )
     config = ExpertLoraConfig(
         r=peft_config.get("r"),
@@ -93,16 +114,74 @@ def from_peft(model: nn.Module, peft_config: dict[str, Any], tensors: Matrices) 
             where = _key(block, module.experts, name, names)
             outputs, inputs = sizes(module.experts, name)
             try:
-                down = left.pop(f"{where}.lora_A.weight").reshape(num_experts, config.r, inputs)
-                up = left.pop(f"{where}.lora_B.weight").reshape(outputs, config.r, num_experts)
+                first, second = left.pop(f"{where}.lora_A.weight"), left.pop(f"{where}.lora_B.weight")
+                swapped = _is_swapped(first, outputs, inputs, module.experts.is_transposed, peft_config)
+                rows, columns = (outputs, inputs) if swapped else (inputs, outputs)
+                first = first.reshape(num_experts, config.r, rows)
+                if layout == RANK_MAJOR:
+                    second = second.reshape(columns, config.r, num_experts).permute(2, 1, 0)
+                else:
+                    second = second.reshape(columns, num_experts, config.r).permute(1, 2, 0)
             except (KeyError, RuntimeError, TypeError) as error:
                 reason = str(error).splitlines()[0]
                 raise MoEError(f"The files of PEFT do not fit {block}.experts.{name}: {reason}.") from error
-            result[f"{block}.{name}_A"] = down.contiguous()
-            result[f"{block}.{name}_B"] = up.permute(2, 1, 0).contiguous()
+            down, up = (second, first) if swapped else (first, second)
+            result[f"{block}.{name}_A"], result[f"{block}.{name}_B"] = down.contiguous(), up.contiguous()
     if left:
         raise MoEError(f"The files of PEFT also have {min(left)}, which is no expert. Load them with PeftModel.")
     return config, result
+
+
+def layout_of(peft_config: dict[str, Any], recorded: str | None, given: str | None) -> str:
+    """How `lora_B` is packed.
+
+    Args:
+        recorded (`str`, *optional*): what the weights' file says, if it is one of ours.
+        given (`str`, *optional*): what the user says.
+
+    Raises:
+        MoEError: files of Unsloth do not say it, and the user does not either; or both say something else.
+    """
+    if given is not None and given not in LAYOUTS:
+        raise MoEError(f"lora_B_layout is {given!r}; it must be one of {list(LAYOUTS)}.")
+    if LAYOUT_FIELD in peft_config:
+        field = peft_config[LAYOUT_FIELD]
+        if not isinstance(field, str) or field not in LAYOUTS_OF_UNSLOTH:
+            raise MoEError(f"{LAYOUT_FIELD} in {PEFT_CONFIG} is {field!r}; {list(LAYOUTS_OF_UNSLOTH)} are known.")
+        recorded = LAYOUTS_OF_UNSLOTH[field]
+    if recorded is not None:
+        if recorded not in LAYOUTS:
+            raise MoEError(
+                f"The files say that lora_B is {recorded!r}, which is none of {list(LAYOUTS)}: they are damaged."
+            )
+        if given not in (None, recorded):
+            raise MoEError(f"The files say that lora_B is {recorded}, and lora_B_layout is {given!r}: leave it out.")
+        return recorded
+    # With one rank both are the same.
+    if given is None and peft_config.get("r") != 1 and "unsloth" in json.dumps(peft_config).lower():
+        raise MoEError(
+            f"{PEFT_CONFIG} names Unsloth and does not say how lora_B is packed, which changed in September 2026: pass "
+            'lora_B_layout="expert_major" if an earlier Unsloth trained the adapters, "rank_major" if a later one or PEFT did.'
+        )
+    return given or RANK_MAJOR
+
+
+def _is_swapped(
+    first: torch.Tensor, outputs: int, inputs: int, is_transposed: bool, peft_config: dict[str, Any]
+) -> bool:
+    """Whether `lora_A` holds the outputs' side: seen from its width, or where that cannot tell from PEFT's version."""
+    if outputs != inputs:
+        return first.shape[-1] == outputs
+    try:
+        version = Version(str(peft_config.get("peft_version")).partition("@")[0])
+    except InvalidVersion as error:
+        raise MoEError(
+            f"{PEFT_CONFIG} has no peft_version, and experts of {inputs} inputs and outputs were stored in another order up "
+            'to PEFT 0.19.0: add "peft_version", that of the PEFT that wrote the file.'
+        ) from error
+    if version >= Version(WRITTEN_VERSION):
+        return False
+    return version >= Version("0.19.0") or not is_transposed
 
 
 def sizes(experts: nn.Module, name: str) -> tuple[int, int]:

@@ -198,7 +198,9 @@ moe_hf.{load}(model, moe_hf.pull_folder("{repo_id}", "{name}"))
 
 def _base_of(folder: Path, kind: str) -> str | None:
     if kind == "expert deltas":
-        return _deltas_facts(folder / DELTAS_NAME).get("base_model")
+        return _facts_in_header(folder / DELTAS_NAME).get("base_model")
+    if kind == "adapters of experts":
+        return (_facts_in_header(folder / LORA_NAME).get("base") or {}).get("name")
     if kind == "adapters of PEFT":
         return read_json_object(folder / PEFT_CONFIG).get("base_model_name_or_path")
     return None
@@ -231,7 +233,7 @@ def _shorten_base_of_peft(config_file: Path) -> None:
 
 def _shorten_base_of_deltas(source: Path, copy: Path) -> bool:
     """Write the copy with another header where the base is a path; the tensors are copied as they are."""
-    facts = _deltas_facts(source)
+    facts = _facts_in_header(source)
     base = facts.get("base_model")
     if not base or hub_id(base) is not None or Path(base).name == base:
         return False
@@ -246,7 +248,7 @@ def _shorten_base_of_deltas(source: Path, copy: Path) -> bool:
     return True
 
 
-def _deltas_facts(file: Path) -> dict[str, Any]:
+def _facts_in_header(file: Path) -> dict[str, Any]:
     safetensors_header(file)
     with open(file, "rb") as stream:
         metadata = json.loads(stream.read(int.from_bytes(stream.read(8), "little"))).get("__metadata__")

@@ -53,6 +53,7 @@ from .routing_ids import extend_ids, open_experts, spread_ids, take_ids
 from .routing_pass import RoutingPass, checkpointing, current_routing_pass, document_ids_of, routing_pass
 from .serving import CheckedGeneration, check_vllm
 from .step_labels import count_labels, share_of_step, zero_without_labels
+from .travelling_code import auto_map_of, travelling_class
 
 
 class MoEPreTrainedModel(Combined, PreTrainedModel):
@@ -165,25 +166,24 @@ class MoEPreTrainedModel(Combined, PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; the code that defines the model goes along, for all Auto classes."""
+        """As in transformers; the code that defines the model goes along, for all Auto classes.
+
+        A subclass whose file does not import `.modeling_moe` from beside it loads as ours, with a warning.
+        """
         MoEPreTrainedModel.save_check(self)
-        self.config.auto_map = {
-            "AutoConfig": "configuration_moe.MoEConfig",
-            "AutoModel": "modeling_moe.MoEModel",
-            "AutoModelForCausalLM": "modeling_moe.MoEForCausalLM",
-            "AutoModelForSequenceClassification": "modeling_moe.MoEForSequenceClassification",
-            "AutoModelForTokenClassification": "modeling_moe.MoEForTokenClassification",
-        }
+        travelling = travelling_class(type(self), __name__)
+        self.config.auto_map = auto_map_of(type(self), travelling)
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.should_save_on_this_rank(kwargs.get("is_main_process", True)):
             save_custom_code(self.config, save_directory)
-            if isinstance(self, FSDPModule):
-                custom_object_save(self._generic_class, save_directory)
+            if not self.is_remote_code():
+                custom_object_save(travelling, save_directory)
 
     @classmethod
     def is_remote_code(cls) -> bool:
-        """As in transformers; False under FSDP, whose class it would save in the place of ours (see `save_pretrained`)."""
-        return super().is_remote_code() and not issubclass(cls, FSDPModule)
+        """As in transformers; False where it would save the code of another class than `save_pretrained` does."""
+        is_saved = not issubclass(cls, FSDPModule) and travelling_class(cls, __name__) is (cls._generic_class or cls)
+        return super().is_remote_code() and is_saved
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """As in transformers; where moe_hf is installed, `tokenizer` and the other arguments of `push_model` too."""

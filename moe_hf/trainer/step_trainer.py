@@ -16,6 +16,7 @@ from moe_hf.modeling.step_labels import zero_without_labels
 from moe_hf.trainer.arguments import MoETrainingArguments
 from moe_hf.trainer.expert_balance import add_balance_callback
 from moe_hf.trainer.expert_dropout import ExpertDropoutCallback
+from moe_hf.trainer.full_eval import full_eval
 from moe_hf.trainer.guard import check_finite
 from moe_hf.trainer.parameter_groups import PartRates, leave_idle_experts_alone, split_groups
 from moe_hf.trainer.router_losses import RouterLosses
@@ -106,16 +107,18 @@ class StepTrainer(Trainer):
     ) -> EvalLoopOutput:
         """As `Trainer.evaluation_loop`; batches without labels are no part of the mean loss, those that are lost are.
 
-        Predictions are what the head returns; what the model says of its routers is none.
+        Predictions are what the head returns; what the model says of its routers is none. In 16 bits, where that is asked for,
+        the weights are rounded for this time alone.
         """
         if ignore_keys is None:
             ignore_keys = [*getattr(self.model.config, "keys_to_ignore_at_inference", ()), *OF_ROUTERS]
         asked, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, True
         self._num_lost = torch.zeros(1, device=self.args.device)
         try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            with full_eval(self):
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
         finally:
             self.args.logging_nan_inf_filter = asked
         (lost,) = sum_over_ranks([self._num_lost])
