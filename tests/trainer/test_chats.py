@@ -49,8 +49,11 @@ def test_a_template_that_marks_no_answer_is_refused_and_each_way_out_works(token
     for template in (WITHOUT_MARKS, None):
         with pytest.raises(MoEError, match="generation.*CHAT_TEMPLATE, or assistant_only_loss=False"):
             make_trainer(tokenizer, rows, tmp_path, template=template)
-    make_trainer(tokenizer, rows, tmp_path / "marked", template=CHAT_TEMPLATE).train()
-    make_trainer(tokenizer, rows, tmp_path / "all", template=WITHOUT_MARKS, assistant_only_loss=False).train()
+    marked = make_trainer(tokenizer, rows, tmp_path, template=CHAT_TEMPLATE)
+    whole = make_trainer(tokenizer, rows, tmp_path, template=WITHOUT_MARKS, assistant_only_loss=False)
+    learnt = [[sum(label != -100 for label in row["labels"]) for row in one.train_dataset] for one in (marked, whole)]
+    # The answer's two words and the token that ends it; all four words.
+    assert learnt == [[3, 3], [4, 4]]
 
 
 def test_answers_are_compared_with_answers(tokenizer):
