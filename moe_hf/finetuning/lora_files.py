@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers.utils import logging
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.base_record import base_record, check_base
@@ -34,7 +35,11 @@ from moe_hf.saving import read_json_object, temporary_sibling
 from moe_hf.unwrapping import unwrapped
 
 
+logger = logging.get_logger(__name__)
+
 LORA_NAME = "expert_lora.safetensors"
+# What trains beside adapters, which `save_trained` writes beside them.
+TRAINED_NAME = "trained_parameters.safetensors"
 FORMAT = "moe_hf.expert_lora"
 # What the header of weights in PEFT's layout says besides.
 PEFT_FACTS = "moe_hf"
@@ -89,6 +94,7 @@ def load_expert_lora(
     *,
     allow_other_base: bool = False,
     lora_B_layout: str | None = None,
+    with_others: bool = False,
 ) -> nn.Module:
     """Give `model` the adapters in `folder`, in place: those of `save_expert_lora`, or PEFT's with `target_parameters`.
 
@@ -101,6 +107,7 @@ def load_expert_lora(
         lora_B_layout (`str`, *optional*): how PEFT's files hold the columns of an expert in `lora_B`: apart (`"rank_major"`,
             as PEFT does) or together (`"expert_major"`, as Unsloth did before September 2026). Files of Unsloth that do not
             say it need it.
+        with_others (`bool`): the caller loads what `save_trained` has put beside the adapters; otherwise it is warned of.
 
     Returns:
         the same model, with all but the adapters frozen.
@@ -136,6 +143,11 @@ def load_expert_lora(
         raise
     for here, rows in targets:
         here.data[: len(rows)].copy_(rows)
+    if (folder / TRAINED_NAME).is_file() and not with_others:
+        logger.warning(
+            f"{folder} also holds what trained beside these adapters ({TRAINED_NAME}), which was not loaded: "
+            "moe_hf.load_trained(model, folder) loads all of it."
+        )
     return given
 
 

@@ -21,7 +21,7 @@ from moe_hf.errors import MoEError
 from moe_hf.finetuning.expert_deltas import DELTAS_NAME, load_expert_deltas, save_expert_deltas
 from moe_hf.finetuning.expert_lora import CHILD as LORA_CHILD
 from moe_hf.finetuning.expert_lora import lora_adapters
-from moe_hf.finetuning.lora_files import LORA_NAME, load_expert_lora, save_expert_lora
+from moe_hf.finetuning.lora_files import LORA_NAME, TRAINED_NAME, load_expert_lora, save_expert_lora
 from moe_hf.finetuning.lora_sharding import is_sharded, whole
 from moe_hf.finetuning.moe_blocks import whole_shape
 from moe_hf.finetuning.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
@@ -36,10 +36,9 @@ from moe_hf.finetuning.trained_tensors import (
     trained_tensors,
 )
 from moe_hf.saving import temporary_sibling
-from moe_hf.unwrapping import is_peft_model
+from moe_hf.unwrapping import is_peft_model, unwrapped
 
 
-TRAINED_NAME = "trained_parameters.safetensors"
 FORMAT = "moe_hf.trained_parameters"
 WHAT = {
     DELTAS_NAME: "the scope selected, chosen experts with parameters of their own",
@@ -92,7 +91,8 @@ def save_trained(model: nn.Module, folder: str | Path) -> Path:
     Raises:
         MoEError: nothing trains in the model, or the files cannot be written.
     """
-    parts, inner, folder = trained_parts(model), inner_model(model), Path(folder).expanduser()
+    model, folder = unwrapped(model, keep_peft=True), Path(folder).expanduser()
+    parts, inner = trained_parts(model), inner_model(model)
     if not parts.names:
         raise MoEError(f"Nothing trains in {type(inner).__name__}: choose a scope, or save the whole model.")
     is_main = not distributed.is_initialized() or distributed.get_rank() == 0
@@ -122,7 +122,8 @@ def load_trained(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises:
         MoEError: no such files, damaged ones, or ones that do not fit the model.
     """
-    folder, inner = Path(folder).expanduser(), inner_model(model)
+    given, model, folder = model, unwrapped(model, keep_peft=True), Path(folder).expanduser()
+    inner = inner_model(model)
     if not holds_trained(folder):
         raise MoEError(f"{folder} has none of {', '.join(WHAT)}: it was not written by save_trained.")
     others, trains = _read(folder / TRAINED_NAME) if (folder / TRAINED_NAME).is_file() else ({}, [])
@@ -130,7 +131,7 @@ def load_trained(model: nn.Module, folder: str | Path) -> nn.Module:
     if (folder / DELTAS_NAME).is_file():
         load_expert_deltas(inner, folder)
     if (folder / LORA_NAME).is_file():
-        load_expert_lora(inner, folder)
+        load_expert_lora(inner, folder, with_others=True)
     if (folder / PEFT_CONFIG).is_file():
         _load_peft(model, folder)
     if others:
@@ -139,7 +140,7 @@ def load_trained(model: nn.Module, folder: str | Path) -> nn.Module:
         for name, parameter in named_tensors(model).items():
             if isinstance(parameter, nn.Parameter) and name not in kept:
                 parameter.requires_grad_(name in trains)
-    return model
+    return given
 
 
 def refuse_other_parts(model: nn.Module, folder: str | Path) -> None:

@@ -233,6 +233,15 @@ def test_a_scope_beside_peft_config_is_refused_and_each_alone_is_kept(tokenizer,
         equal(again.model, held(first.model))
 
 
+def test_adapters_alone_of_a_checkpoint_that_has_more_are_loaded_with_a_warning(tmp_path, caplog):
+    base = tmp_path / "base"
+    moe_hf.save_trained(prepared(STATES["freed-beside-lora"], "ours", base), tmp_path / "parts")
+    transformers.logging.get_logger("transformers").propagate = True
+    with caplog.at_level("WARNING"):
+        moe_hf.load_expert_lora(base_model(STATES["bare"], "ours", base), tmp_path / "parts")
+    assert "what trained beside these adapters" in caplog.text
+
+
 def test_files_that_do_not_fit_leave_the_model_unchanged(tmp_path):
     base = tmp_path / "base"
     state = STATES["freed-beside-peft"]
