@@ -87,6 +87,8 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name: str):
+    if f"moe_hf.{name}" in _MODULES.values():
+        return import_module(f"moe_hf.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'moe_hf' has no attribute {name!r}")
     globals()[name] = value = getattr(import_module(_MODULES[name]), name)

@@ -320,3 +320,9 @@ assert AutoModel._model_mapping[type(config)] is moe_hf.MoEModel
 assert AutoModelForCausalLM._model_mapping[type(config)] is moe_hf.MoEForCausalLM
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_parts_are_found_by_attribute_without_an_import_of_their_own():
+    code = "import moe_hf; print(moe_hf.hub.save_model.__name__, hasattr(moe_hf, 'nothing'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["save_model", "False"]

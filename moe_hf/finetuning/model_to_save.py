@@ -5,10 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from transformers.utils import logging
 
 from moe_hf.finetuning.expert_lora import lora_adapters, merge_expert_lora, unmerge_expert_lora
 from moe_hf.finetuning.trained_tensors import has_peft, inner_model, lost_names, refuse_lost
 from moe_hf.unwrapping import is_peft_model
+
+
+logger = logging.get_logger(__name__)
 
 
 @contextmanager
@@ -29,6 +33,12 @@ def model_to_save(model: nn.Module) -> Iterator[nn.Module]:
         return
     refuse_lost(model, lost)
     if not adapters:
+        if has_peft(model) and not inner_model(model).name_or_path:
+            logger.warning(
+                f"The adapters of PEFT are written without the {type(inner_model(model)).__name__} below them, which was never "
+                "saved and has no name: save it too, or nothing can load them. Adapters of a model that was saved and loaded "
+                "name it."
+            )
         yield model
         return
     merge_expert_lora(model)

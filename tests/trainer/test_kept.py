@@ -20,7 +20,7 @@ from moe_hf.finetuning.trained_tensors import inner_model, named_tensors, traine
 from moe_hf.hub import model as hub_model
 from tests.tiny_models import random_ids
 from tests.trainer.kept_states import PEFT, REFUSED, STATES, base_model, prepared, train
-from tests.trainer.runs import rows
+from tests.trainer.runs import rows, tiny_moe
 
 
 # PEFT asks for it when it wraps a model, and TRL sets it.
@@ -186,6 +186,13 @@ def test_adapters_of_peft_of_any_kind_are_resumed_and_saved(what, tmp_path):
     trainer.save_model(str(tmp_path / "kept"))
     again = load(tmp_path / "kept", PEFT, state, "ours", tmp_path / "base")
     assert (outputs(again) - outputs(trainer.model)).abs().max() <= 1e-5
+
+
+def test_adapters_of_a_model_that_was_never_saved_are_said_to_need_it(tmp_path, caplog):
+    model = get_peft_model(tiny_moe("ours"), LoraConfig(r=2, target_modules=["q_proj"]))
+    with caplog.at_level("WARNING"):
+        moe_hf.hub.save_model(model, None, tmp_path / "kept")
+    assert "was never saved and has no name" in caplog.text
 
 
 def test_a_run_with_other_parts_does_not_resume(tmp_path):
