@@ -38,10 +38,10 @@ def test_workers_of_one_run_share_a_folder_and_a_run_alone_has_its_own(tmp_path,
 
 
 HANGS = """
-import subprocess, sys, time
+import subprocess, time
 def waits():
     time.sleep(600)
-print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True).pid, flush=True)
+print(subprocess.Popen(["sleep", "600"], start_new_session=True).pid, flush=True)  # says nothing in between
 waits()
 """
 

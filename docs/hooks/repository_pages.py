@@ -19,6 +19,8 @@ from mkdocs.structure.pages import Page
 SOURCES = {".py": "python", ".yaml": "yaml", ".slurm": "bash", ".txt": "text", ".md": "markdown", ".jinja": "html"}
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#\s])")
 FENCE = re.compile(r"^(`{3,}).*?^\1`*$", re.MULTILINE | re.DOTALL)
+# A template of Jinja: others may speak of such a block in a line of text.
+TEMPLATE = re.compile(r"^\{%", re.MULTILINE)
 # MkDocs takes a README for the start page, which the site has already.
 ENTRY = {"README.md": "readme.md"}
 DIAGRAM = re.compile(r"^```mermaid\n.*?^```\n", re.MULTILINE | re.DOTALL)
@@ -81,7 +83,7 @@ def path_of(root: Path, place: str) -> str:
 
 def _is_source(path: Path) -> bool:
     if path.suffix == ".md":
-        return "{%" in path.read_text()
+        return TEMPLATE.search(path.read_text()) is not None
     return path.suffix in SOURCES
 
 

@@ -70,10 +70,10 @@ def top_k(router_logits: torch.Tensor, context: RoutingContext) -> Routing:
     """
     choosing, weighing = choosing_scores(router_logits, context)
     index = choosing.topk(context.config.num_experts_per_tok, dim=-1).indices  # (T, K)
-    if context.arguments["spread_ties"]:
+    if context.arguments.get("spread_ties"):
         index = _spread_ties(index, choosing, context)
     routing = _weighted(index, None, choosing, weighing, context)
-    if context.training and not context.arguments["weight_gradient"]:
+    if context.training and not context.arguments.get("weight_gradient", True):
         routing = replace(routing, top_k_weights=routing.top_k_weights.detach())
     if context.noise is not None and "policy_gradient_loss" in context.config.router_loss_coefs:
         logits = wide(router_logits) / context.config.router_noise_scale
