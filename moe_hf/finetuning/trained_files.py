@@ -25,9 +25,9 @@ from moe_hf.finetuning.lora_files import LORA_NAME, TRAINED_NAME, load_expert_lo
 from moe_hf.finetuning.lora_sharding import is_sharded, whole
 from moe_hf.finetuning.moe_blocks import whole_shape
 from moe_hf.finetuning.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
+from moe_hf.finetuning.peft_files import PREFIX as PEFT_PREFIX
 from moe_hf.finetuning.selected_experts import selected_modules
 from moe_hf.finetuning.trained_tensors import (
-    PEFT_PREFIX,
     has_peft,
     inner_model,
     lost_names,

@@ -1,7 +1,7 @@
 """What trains is what is kept: the one description of it, which every way to keep a model asks.
 
-Names are those of the model itself, without what `PeftModel` puts before them. Private name of PEFT: none;
-`get_peft_model_state_dict` is public, and what it returns are the parameters themselves, seen under other names.
+Names are those of the model itself, without what `PeftModel` puts before them. PEFT's own files are described by what
+`get_peft_model_state_dict` returns: the parameters themselves, under other names.
 """
 
 import copy
@@ -18,12 +18,12 @@ from moe_hf.finetuning.expert_lora import CHILD as LORA_CHILD
 from moe_hf.finetuning.expert_lora import lora_adapters
 from moe_hf.finetuning.lora_sharding import is_sharded, local
 from moe_hf.finetuning.moe_blocks import CORRECTION_BIAS, whole_shape
+from moe_hf.finetuning.peft_files import PREFIX as PEFT_PREFIX
 from moe_hf.finetuning.selected_experts import CHILD as SELECTED_CHILD
 from moe_hf.finetuning.selected_experts import selected_modules
 from moe_hf.unwrapping import is_peft_model
 
 
-PEFT_PREFIX = "base_model.model."
 # Where PEFT keeps the tokens of prompt tuning and its relatives, whose files hold them in another form.
 PROMPT_ENCODER = "prompt_encoder."
 
