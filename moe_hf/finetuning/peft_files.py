@@ -140,7 +140,8 @@ def layout_of(peft_config: dict[str, Any], recorded: str | None, given: str | No
         given (`str`, *optional*): what the user says.
 
     Raises:
-        MoEError: files of Unsloth do not say it, and the user does not either; or both say something else.
+        MoEError: files of Unsloth, or of nobody knows whom, do not say it, and the user does not either; or both say
+            something else.
     """
     if given is not None and given not in LAYOUTS:
         raise MoEError(f"lora_B_layout is {given!r}; it must be one of {list(LAYOUTS)}.")
@@ -158,9 +159,11 @@ def layout_of(peft_config: dict[str, Any], recorded: str | None, given: str | No
             raise MoEError(f"The files say that lora_B is {recorded}, and lora_B_layout is {given!r}: leave it out.")
         return recorded
     # With one rank both are the same.
-    if given is None and peft_config.get("r") != 1 and "unsloth" in json.dumps(peft_config).lower():
+    of_unsloth = "unsloth" in json.dumps(peft_config).lower()
+    if given is None and peft_config.get("r") != 1 and (of_unsloth or not peft_config.get("peft_version")):
+        writer = "names Unsloth" if of_unsloth else "names no peft_version"
         raise MoEError(
-            f"{PEFT_CONFIG} names Unsloth and does not say how lora_B is packed, which changed in September 2026: pass "
+            f"{PEFT_CONFIG} {writer} and does not say how lora_B is packed, which changed in Unsloth in September 2026: pass "
             'lora_B_layout="expert_major" if an earlier Unsloth trained the adapters, "rank_major" if a later one or PEFT did.'
         )
     return given or RANK_MAJOR
