@@ -84,7 +84,7 @@ def save_expert_lora(model: nn.Module, folder: str | Path, *, file_format: str =
         metadata = {"format": "pt", PEFT_FACTS: json.dumps({"lora_B_layout": RANK_MAJOR, "base": base})}
         files = {PEFT_WEIGHTS: (peft_tensors, metadata), PEFT_CONFIG: peft_config}
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        _write(folder, files)
+        write_files(folder, files)
     return folder
 
 
@@ -226,7 +226,12 @@ def _targets(
     return targets
 
 
-def _write(folder: Path, files: dict[str, Any]) -> None:
+def write_files(folder: Path, files: dict[str, Any]) -> None:
+    """Write files by name, each whole or not at all: tensors with their metadata as a pair, anything else as JSON.
+
+    Raises:
+        MoEError: one cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():

@@ -6,14 +6,13 @@ Each part of what trains has the form that its readers know: chosen experts `exp
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -21,7 +20,7 @@ from moe_hf.errors import MoEError
 from moe_hf.finetuning.expert_deltas import DELTAS_NAME, load_expert_deltas, save_expert_deltas
 from moe_hf.finetuning.expert_lora import CHILD as LORA_CHILD
 from moe_hf.finetuning.expert_lora import lora_adapters
-from moe_hf.finetuning.lora_files import LORA_NAME, TRAINED_NAME, load_expert_lora, save_expert_lora
+from moe_hf.finetuning.lora_files import LORA_NAME, TRAINED_NAME, load_expert_lora, save_expert_lora, write_files
 from moe_hf.finetuning.lora_sharding import is_sharded, whole
 from moe_hf.finetuning.moe_blocks import whole_shape
 from moe_hf.finetuning.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
@@ -35,7 +34,6 @@ from moe_hf.finetuning.trained_tensors import (
     names_in_peft_files,
     trained_tensors,
 )
-from moe_hf.saving import temporary_sibling
 from moe_hf.unwrapping import is_peft_model, unwrapped
 
 
@@ -106,7 +104,8 @@ def save_trained(model: nn.Module, folder: str | Path) -> Path:
         tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in parts.others.items()}
         trains = [name for name, tensor in parts.others.items() if tensor.requires_grad]
         if is_main:
-            _write(folder / TRAINED_NAME, tensors, trains)
+            metadata = {"format": FORMAT, "version": "1", "trains": json.dumps(trains)}
+            write_files(folder, {TRAINED_NAME: (tensors, metadata)})
     return folder
 
 
@@ -225,19 +224,6 @@ def needs_parts(model: nn.Module) -> bool:
     """Whether a checkpoint of `model` holds what trains alone: `save_pretrained` would lose some, or write all for little."""
     inner = inner_model(model)
     return bool(has_peft(model) or selected_modules(inner) or lora_adapters(inner) or lost_names(model))
-
-
-def _write(path: Path, tensors: Mapping[str, torch.Tensor], trains: list[str]) -> None:
-    temporary = temporary_sibling(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": FORMAT, "version": "1", "trains": json.dumps(trains)}
-        save_file(dict(tensors), temporary, metadata=metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise MoEError(f"{path} cannot be written: {error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
