@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,8 +49,15 @@ def launch(command: list[str], timeout: int = PATIENCE_SECONDS, backend: str = "
         except subprocess.TimeoutExpired:
             output, errors = _aborted(process)
             pytest.fail(f"It took more than {timeout} s.\n{output[-2000:]}\n{errors[-20000:]}", pytrace=False)
-    assert process.returncode == 0, output[-2000:] + errors[-4000:]
+    assert process.returncode == 0, output[-2000:] + _what_failed(errors)
     return output
+
+
+def _what_failed(errors: str) -> str:
+    """The ends of what processes wrote on the way to their failure, without what a crash lists of loaded libraries."""
+    errors = re.sub(r"^Extension modules: .*$", "", errors, flags=re.MULTILINE)
+    crash = errors.find("Fatal Python error")
+    return errors[-6000:] if crash < 0 else errors[max(0, crash - 3000) : crash + 5000] + "\n[...]\n" + errors[-1500:]
 
 
 def _aborted(process: subprocess.Popen) -> tuple[str, str]:

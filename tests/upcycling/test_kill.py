@@ -69,7 +69,9 @@ def test_a_killed_run_leaves_nothing_or_all_and_the_next_one_continues(source, t
     assert [entry for entry in found if entry["refused"] != entry["published"]] == []
     # Some were killed before the first file was finished, some in the middle, some after the folder was published.
     assert {entry["published"] for entry in found} == {True, False}
-    assert {0, 1, 2} <= {entry["finished"] for entry in found}
+    finished = {entry["finished"] for entry in found if not entry["published"]}
+    # Files are written by several threads: how many are finished between two steps is not settled.
+    assert min(finished) == 0 < max(finished)
 
 
 def test_a_run_with_other_arguments_refuses_to_continue_and_restart_throws_away(source, expected, tmp_path):
