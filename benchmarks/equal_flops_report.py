@@ -99,7 +99,12 @@ def markdown_table(results: dict[str, Any]) -> str:
         cells += [_crossing_text(results, name) if name in moes else ""]
         lines.append(f"| {arm['title']} | " + " | ".join(cells) + " |")
     header = [f"| arm | {columns} |", "|---|" + "---|" * len(known)]
-    lines += ["", f"Loss in nats/token after some tokens, mean (standard deviation) over {seeds} seed(s).", "", *header]
+    lines += [
+        "",
+        f"Loss in nats/token after some tokens, mean (standard deviation) over {seeds} seed(s).",
+        "",
+        *header,
+    ]
     for arm in arms.values():
         cells = [value_text(spread(list(values))) for values in losses(arm)]
         lines.append(f"| {arm['title']} | " + " | ".join(cells) + " |")
@@ -108,7 +113,12 @@ def markdown_table(results: dict[str, Any]) -> str:
         "equal_time": "Minus the dense model after as much CPU time, between its runs",
     }
     for key, title in titles.items():
-        lines += ["", f"{title}: mean (standard deviation) [95% interval, Student's t], within each seed.", "", *header]
+        lines += [
+            "",
+            f"{title}: mean (standard deviation) [95% interval, Student's t], within each seed.",
+            "",
+            *header,
+        ]
         for name in moes:
             values = [found[key] for found in differences(results, name)]
             cells = ["" if value is None else difference_text(value) for value in values]
