@@ -166,7 +166,7 @@ def prepare_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW over what trains, and its schedule over `steps`."""
     groups = decayed_groups(model, pace.weight_decay, is_decayed)
-    optimizer = torch.optim.AdamW(groups, lr=pace.learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=pace.learning_rate, betas=(0.9, 0.95), fused=True)
     if pace.decays:
         schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, pace.warmup_steps, steps, min_lr_rate=0.1

@@ -132,7 +132,7 @@ class Study(ABC):
     def optimizer(self, model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
         """AdamW, with weight decay on what has it."""
         groups = decayed_groups(model, self.settings.weight_decay, self.is_decayed)
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
     def train(
         self,
