@@ -38,6 +38,7 @@ _MODULES = {
     "apply_scope": "moe_hf.finetuning",
     "cache_report": "moe_hf.inference",
     "check_finite": "moe_hf.trainer",
+    "convert_source": "moe_hf.conversion",
     "drop_layers": "moe_hf.upcycling",
     "exact_targets": "moe_hf.interchange",
     "export_native": "moe_hf.interchange",

@@ -3,20 +3,17 @@
 Letters: E experts, K experts per token.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from moe_hf.config_files import config_errors, load_config
 from moe_hf.errors import MoEError
 from moe_hf.finetuning import SCOPES, find_moe_blocks, scope_parameter_names
-from moe_hf.modeling.index_names import check_kernel_names
 from moe_hf.modeling.segment_merge import SEGMENT_LENGTH
 from moe_hf.unwrapping import unwrapped
 
@@ -132,53 +129,6 @@ def inspect_model(model: PreTrainedModel | str | Path) -> ModelFacts:
         flops_per_token=_flops_per_token(model, used),
         upcycling=getattr(config, "upcycling", None),
     )
-
-
-def load_config(path: str) -> PreTrainedConfig:
-    """Read a configuration from a folder or the Hub.
-
-    Raises:
-        MoEError: when there is none, or none that transformers can read without remote code.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        path = str(folder)
-        if not (folder / "config.json").is_file():
-            raise MoEError(f"{path} has no config.json; give a folder that save_pretrained wrote.")
-        check_kernel_names(folder)
-    elif folder.exists() or path.startswith((".", "/", "~")):
-        raise MoEError(f"{path} is not a folder; give a folder that save_pretrained wrote, or a Hub id.")
-    with config_errors(path):
-        return AutoConfig.from_pretrained(path)
-
-
-@contextmanager
-def config_errors(path: str | Path) -> Iterator[None]:
-    """What reading a configuration, or making an empty model of it, raises of values that no model can have, as one error.
-
-    Which exception it is depends on the field and on the family.
-
-    Raises:
-        MoEError: names the configuration and the first line of the reason.
-    """
-    try:
-        yield
-    except MoEError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        LookupError,
-        ArithmeticError,
-        RuntimeError,
-        AssertionError,
-    ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MoEError(f"The configuration of {path} cannot be read: {reason}") from error
-    except StrictDataclassError as error:
-        raise MoEError(f"The configuration of {path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def on_meta(path: str) -> PreTrainedModel:

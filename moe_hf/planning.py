@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from moe_hf.dense_sources import read_dense_config
 from moe_hf.errors import MoEError
 from moe_hf.finetuning import scope_parameter_names
-from moe_hf.inspection import ModelFacts, inspect_model, load_config
+from moe_hf.inspection import ModelFacts, inspect_model
 from moe_hf.interchange import exact_targets
 from moe_hf.unwrapping import path_of
 from moe_hf.upcycling.initialisers import Initialiser
@@ -131,7 +132,7 @@ def plan_upcycling(
     """Say what upcycling `source` with these arguments would make; reads its config, and the heads of its files at most.
 
     Args:
-        source (`str` or `os.PathLike`): a folder with a config.json, or a Hub id, of a dense model.
+        source (`str` or `os.PathLike`): a folder with a config.json, a GGUF file, or a Hub id, of a dense model.
         num_experts, num_experts_per_tok, preset, init, router_init, noise, shared_share, seed, config_fields: as of `upcycle`.
 
     Raises:
@@ -172,7 +173,7 @@ def plan_upcycling(
 
 def dense_on_meta(source: str) -> PreTrainedModel:
     """The dense model without numbers, in the dtype that it would be loaded in."""
-    config = load_config(source)
+    config = read_dense_config(source)
     check_dense_config(config, source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=_dtype(source, config))

@@ -7,6 +7,7 @@ each file) that is written last, and then renamed in one step.
 import json
 import os
 import shutil
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -87,6 +88,7 @@ def publish_folder(
     """
     temporary, destination = Path(temporary), Path(os.path.abspath(path))
     write_manifest(temporary, known)
+    _give_usual_modes(temporary)
     for folder, _, _ in os.walk(temporary, topdown=False):
         _fsync(folder)
     # os.replace puts a folder in the place of an empty one without a word, so the check is repeated here.
@@ -114,6 +116,7 @@ def publish_into(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
     temporary, destination = Path(temporary), Path(os.path.abspath(path))
     earlier = refuse_foreign_weights(destination)
     write_manifest(temporary)
+    _give_usual_modes(temporary)
     last = (CONFIG_NAME, MANIFEST_NAME)
     names = sorted(file.relative_to(temporary).as_posix() for file in temporary.rglob("*") if file.is_file())
     names.sort(key=lambda name: last.index(name) + 1 if name in last else 0)
@@ -322,6 +325,24 @@ def _make_folder(temporary: Path) -> None:
         temporary.mkdir()
     except OSError as error:
         raise MoEError(f"{temporary.parent} cannot be written: {error.strerror or error}.") from error
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """Let others read what they could read of any new file: safetensors and tempfile make theirs for the owner alone.
+
+    What that is, the umask and the folder's access lists decide; a new folder and a new file show it.
+    """
+    probe = folder.parent / f"{folder.name}.modes"
+    shutil.rmtree(probe, ignore_errors=True)
+    probe.mkdir()
+    try:
+        (probe / "file").touch()
+        modes = [stat.S_IMODE(path.stat().st_mode) for path in (probe, probe / "file")]
+    finally:
+        shutil.rmtree(probe)
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(modes[path.is_file()])
 
 
 def _remove_if_empty(folder: Path) -> None:

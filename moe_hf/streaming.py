@@ -1,6 +1,5 @@
 """`upcycle_checkpoint`: a dense checkpoint on disk in, a verified MoE checkpoint on disk out, for models beyond memory."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,17 +13,17 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from moe_hf.dense_sources import TOKENIZER_FILES, quantized_as
 from moe_hf.errors import MoEError
 from moe_hf.hub import check_vocabulary
 from moe_hf.reporting.card import model_card
 from moe_hf.saving import refuse_existing
+from moe_hf.source_folders import SourceFolders, fingerprint_of
 from moe_hf.unwrapping import path_of
 from moe_hf.upcycling.initialisers import Initialiser
-from moe_hf.upcycling.initialisers.mix import TOKENIZER_FILES
 from moe_hf.upcycling.observations import observe
 from moe_hf.upcycling.on_disk.dense_checkpoint import DenseCheckpoint
 from moe_hf.upcycling.on_disk.layerwise import load_layerwise
@@ -32,14 +31,11 @@ from moe_hf.upcycling.on_disk.partial_folder import PartialFolder
 from moe_hf.upcycling.on_disk.weight_stream import WeightStream
 from moe_hf.upcycling.prepare import prepare
 from moe_hf.upcycling.router_init import RouterInit
-from moe_hf.upcycling.upcycle import check_result, tokens_to_check
-from moe_hf.weight_files import weight_files
+from moe_hf.upcycling.upcycle import check_result, source_facts, tokens_to_check
 from moe_hf.weight_writer import FileLayout, FileWriter, file_layouts, write_index
 
 
 logger = logging.get_logger(__name__)
-
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def upcycle_checkpoint(
@@ -70,7 +66,8 @@ def upcycle_checkpoint(
     a kill or a full disk the same call continues where it stopped.
 
     Args:
-        source (`str` or `os.PathLike`): a folder with a config and safetensors files, or a Hub id, which is fetched first.
+        source (`str` or `os.PathLike`): a folder with a config and safetensors files, a GGUF file, or a Hub id, which is
+            fetched first. What is quantized is converted first, beside `output_dir`, see [`convert_source`].
         output_dir (`str` or `os.PathLike`): must not exist.
         num_experts (`int`, *optional*): E, experts per layer; 8, or the preset's.
         num_experts_per_tok (`int`, *optional*): K, experts per token; 2, or the preset's.
@@ -99,7 +96,7 @@ def upcycle_checkpoint(
             published then.
     """
     output_dir = Path(output_dir).expanduser()
-    folder = _source_folder(source, output_dir)
+    _check_destination(source, output_dir)
     arguments = {
         "num_experts": num_experts,
         "num_experts_per_tok": num_experts_per_tok,
@@ -113,17 +110,18 @@ def upcycle_checkpoint(
         "config_fields": config_fields,
     }
     with ExitStack() as stack:
-        job = _Job(stack, source, folder, inputs, arguments)
+        partial = stack.enter_context(PartialFolder(output_dir, restart=restart))
+        job = _Job(stack, source, SourceFolders(partial, source, arguments), inputs, arguments)
         layouts = file_layouts(job.stream.tensors, max_shard_size)
         facts = job.facts() | {"max_shard_size": max_shard_size}
-        partial = stack.enter_context(PartialFolder(output_dir, facts, restart=restart))
+        partial.begin(facts)
         _check_space(partial, layouts)
         with job.writing_weights(partial, layouts, progress):
             job.write_other_files(partial.folder)
         if job.fingerprints() != facts["sources"]:
             partial.discard()
             raise MoEError(
-                f"{folder} changed while it was read: nothing was published. Call again when it is at rest."
+                f"{source} changed while it was read: nothing was published. Call again when it is at rest."
             )
         if verify:
             # The figures go into the config and the card, which are written a second time.
@@ -140,37 +138,38 @@ class _Job:
         self,
         stack: ExitStack,
         source: str | os.PathLike,
-        folder: Path,
+        sources: SourceFolders,
         inputs: torch.Tensor | None,
         arguments: dict[str, Any],
     ):
-        self.folders: list[Path] = []
+        self.sources = sources
         self.dense: list[DenseCheckpoint] = []
 
         def open_source(given: str | os.PathLike) -> tuple[str, PreTrainedModel]:
-            self.folders.append(folder if not self.folders else _source_folder(given))
-            self.dense.append(stack.enter_context(DenseCheckpoint(self.folders[-1])))
-            return str(self.folders[-1]), self.dense[-1].model
+            folder = sources.folder(given)
+            self.dense.append(stack.enter_context(DenseCheckpoint(folder)))
+            return str(folder), self.dense[-1].model
 
         ready = prepare(source, open_source, **arguments)
         self.method, self.config, self.moe, self.sites = ready.method, ready.config, ready.moe, ready.sites[0]
         for dense, sites in zip(self.dense, ready.sites, strict=True):
             for site in sites:
                 dense.check_mlp(site)
+        folder, given = sources.folders[0], sources.given[0]
         self.tokenizer = _tokenizer(folder)
         check_vocabulary(self.moe, self.tokenizer)
         seen = observe(
             self.method, self.config, lambda: load_layerwise(folder), self.sites, inputs, lambda: self.tokenizer
         )
         # The Hub's cache calls a folder by its commit.
-        revision = {"revision": folder.name} if folder.parent.name == "snapshots" else {}
-        recorded = {"source": str(source), **revision, **self.method.to_dict()}
+        revision = {"revision": given.name} if given.parent.name == "snapshots" else {}
+        recorded = {**source_facts(str(source), quantized_as(given)), **revision, **self.method.to_dict()}
         self.config.upcycling = {**recorded, **seen.facts, "verification": None}
         self.stream = WeightStream(self.dense, ready.sites, self.moe, self.method, seen.layers)
 
     def fingerprints(self) -> list[dict[str, Any]]:
         """What tells whether the sources are still the same files."""
-        return [_fingerprint(folder) for folder in self.folders]
+        return [fingerprint_of(path) for path in self.sources.given]
 
     def facts(self) -> dict[str, Any]:
         """All that decides the bytes of the weights."""
@@ -226,44 +225,34 @@ class _Job:
     def verify(self, partial: PartialFolder, inputs: torch.Tensor | None, allow_inexact: bool) -> None:
         """Compare source and result, and record the figures in the configuration."""
         try:
-            check_result(self.folders[0], partial.folder, self.config, self.method, self.sites, inputs, allow_inexact)
+            check_result(
+                self.sources.folders[0],
+                partial.folder,
+                self.config,
+                self.moe.dtype,
+                self.method,
+                self.sites,
+                inputs,
+                allow_inexact,
+            )
         except MoEError:
             partial.discard()
             raise
 
 
-def _source_folder(source: str | os.PathLike, output_dir: Path | None = None) -> Path:
-    """The local folder of a source; a Hub id is fetched."""
-    folder = Path(path_of(source, "upcycle(model) takes a model in memory")).expanduser()
-    if output_dir is not None:
-        mine, its = folder.resolve(), output_dir.resolve()
-        if mine == its or mine in its.parents:
-            raise MoEError(f"{output_dir} is in the source {source}: nothing was written. Choose another folder.")
-        refuse_existing(output_dir)
-    if folder.is_dir():
-        return folder
-    if isinstance(source, Path) or str(source).startswith((".", "/", "~")):
-        raise MoEError(f"{source} is not a folder; give a folder that save_pretrained wrote, or a Hub id.")
-    return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+def _check_destination(source: str | os.PathLike, output_dir: Path) -> None:
+    """Refuse a destination that exists, or lies in the source."""
+    given = Path(path_of(source, "upcycle(model) takes a model in memory")).expanduser()
+    mine, its = given.resolve(), output_dir.resolve()
+    if mine == its or mine in its.parents:
+        raise MoEError(f"{output_dir} is in the source {source}: nothing was written. Choose another folder.")
+    refuse_existing(output_dir)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     return AutoTokenizer.from_pretrained(folder)
-
-
-def _fingerprint(folder: Path) -> dict[str, Any]:
-    """Size, time of change and sha256 of the head of each file that the weights come from."""
-    fingerprint = {}
-    for file in [folder / "config.json", *weight_files(folder)]:
-        with open(file, "rb") as opened:
-            # Of a safetensors file the header.
-            length = min(int.from_bytes(opened.read(8), "little"), 1 << 27)
-            digest = hashlib.sha256(opened.read(length)).hexdigest()
-        status = file.stat()
-        fingerprint[file.name] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "header_sha256": digest}
-    return fingerprint
 
 
 def _check_space(partial: PartialFolder, layouts: list[FileLayout]) -> None:

@@ -6,6 +6,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,19 +14,23 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import moe_hf
 from moe_hf.checksums import file_sha256
 from moe_hf.errors import MoEError
+from moe_hf.hub import save_model
 from moe_hf.resources import resource_path
 from moe_hf.saving import (
     MANIFEST_NAME,
     atomic_folder,
     check_shard_index,
     publish_folder,
+    publish_into,
     temporary_sibling,
     verify_manifest,
     write_manifest,
 )
 from tests.processes import PATIENCE_SECONDS
+from tests.tiny_models import tiny_dense
 
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -328,3 +333,21 @@ def test_resources_are_found_and_never_outside(tmp_path):
             resource_path(name)
     with pytest.raises(MoEError, match="was not found"):
         resource_path("model_cards/none.md")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_what_is_published_has_the_modes_of_new_files(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        tiny_dense("llama").save_pretrained(tmp_path / "dense")
+        moe_hf.upcycle_checkpoint(tmp_path / "dense", tmp_path / "streamed", num_experts=2)
+        save_model(moe_hf.upcycle(tmp_path / "dense", num_experts=2), None, tmp_path / "saved")
+        (tmp_path / "into").mkdir()
+        tiny_dense("llama").save_pretrained(staging := Path(tempfile.mkdtemp(dir=tmp_path)))
+        publish_into(staging, tmp_path / "into")
+    finally:
+        os.umask(before)
+    for folder in ("streamed", "saved", "into"):
+        for path in (tmp_path / folder, *(tmp_path / folder).rglob("*")):
+            assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+    assert not list(tmp_path.rglob("*.modes"))

@@ -44,6 +44,10 @@ LAYERS = [
     {"errors"},
     {
         "resources",
+        "dtypes",
+        "gguf_files",
+        "config_files",
+        "dense_sources",
         "checksums",
         "saving",
         "weight_files",
@@ -59,9 +63,9 @@ LAYERS = [
     {"kernels"},
     {"unwrapping"},
     {"upcycling", "finetuning", "interchange", "inspection", "extraction", "domain_mixture", "weight_checks"},
-    {"reporting", "planning", "inference"},
+    {"reporting", "planning", "conversion", "inference"},
     {"training_plan"},
-    {"hub", "streaming"},
+    {"hub", "source_folders", "streaming"},
     {"trainer"},
     {"cli"},
 ]

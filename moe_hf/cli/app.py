@@ -101,36 +101,31 @@ def refuse_existing(destination: Path) -> None:
 
 
 def load_model(path: str, dtype: str = "auto") -> "PreTrainedModel":
-    """A causal language model from a folder or the Hub; the files of a local folder are checked first."""
+    """A causal language model from a folder, a GGUF file or the Hub; the files of a local folder are checked first."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from moe_hf.errors import MoEError
+    from moe_hf.dense_sources import load_dense
+    from moe_hf.dtypes import dtype_name
+    from moe_hf.gguf_files import gguf_file_of
     from moe_hf.inspection import load_config
     from moe_hf.upcycling.sources import check_all_loaded
     from moe_hf.weight_checks import check_structure
 
-    if dtype not in DTYPES:
-        raise MoEError(f"dtype is {dtype!r}; it must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
-    load_config(path)
+    dtype = dtype_name(dtype, DTYPES)
     folder = Path(path).expanduser()
-    if folder.is_dir():
-        path = str(folder)
+    if folder.is_dir() and gguf_file_of(folder) is None:
+        load_config(path)
         check_structure(folder)
-    chosen = dtype if dtype == "auto" else getattr(torch, dtype)
-    model, report = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, output_loading_info=True)
+    model, report = load_dense(path, dtype if dtype == "auto" else getattr(torch, dtype))
     check_all_loaded(model, report, path)
     return model
 
 
 def load_tokenizer(source: str) -> "PreTrainedTokenizerBase | None":
     """The tokenizer beside the weights of `source`, or None when a local folder has none."""
-    from transformers import AutoTokenizer
+    from moe_hf.dense_sources import find_dense_tokenizer
 
-    folder = Path(source).expanduser()
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
-        return None
-    return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else source)
+    return find_dense_tokenizer(source)
 
 
 def read_token_ids(path: Path, source: str) -> "torch.Tensor":

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id; only its config is read.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, a GGUF file or a Hub id; no weights are read.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show parameters (total, active, per part), routing, memory per dtype and arithmetic per token."""
@@ -45,3 +47,5 @@ def _fact_rows(facts: "ModelFacts") -> Iterator[tuple[str, str]]:
     yield "FLOPs per token", f"{facts.flops_per_token:.3g}"
     if facts.upcycling and "source" in facts.upcycling:
         yield "upcycled from", str(facts.upcycling["source"])
+        if "quantized_as" in facts.upcycling:
+            yield "  whose weights were", facts.upcycling["quantized_as"]

@@ -28,13 +28,15 @@ FIGURES = {
 
 
 def plan(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A dense model or a MoE: a folder or a Hub id.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A dense model or a MoE: a folder, a GGUF file or a Hub id.")
+    ],
     num_experts: Annotated[int | None, typer.Option("--experts", help="Of a dense source; 8 if not given.")] = None,
     num_experts_per_tok: Annotated[int | None, typer.Option(help="Of a dense source; 2 if not given.")] = None,
     preset: Annotated[str | None, typer.Option(help="Of a dense source, the MoE of a paper.")] = None,
     scope: Annotated[str, typer.Option(help="What trains: moe, experts, all, ...")] = "moe",
     optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
-    dtype: Annotated[str, typer.Option(help="bf16 or fp32, of frozen weights and arithmetic.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32, of frozen weights and arithmetic.")] = "bfloat16",
     batch: Annotated[int, typer.Option(help="Sequences of a micro-batch on each GPU.")] = 1,
     sequence: Annotated[int, typer.Option("--seq", help="Tokens of a sequence.")] = 1024,
     gpus: Annotated[int, typer.Option(help="Number of GPUs.")] = 1,

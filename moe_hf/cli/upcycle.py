@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_hf.cli.app import (
+    DTYPES,
     load_model,
     load_tokenizer,
     parse_assignments,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from moe_hf.planning import UpcyclingPlan
 
 
-Source = Annotated[str, typer.Argument(metavar="SRC", help="The dense model: a folder or a Hub id.")]
+Source = Annotated[str, typer.Argument(metavar="SRC", help="The dense model: a folder, a GGUF file or a Hub id.")]
 Destination = Annotated[
     Path | None, typer.Argument(metavar="DST", help="The MoE's folder; must not exist. Not needed with --dry-run.")
 ]
@@ -99,8 +100,11 @@ def upcycle(
     A run that was interrupted is continued by the same command.
     """
     with user_errors():
+        from moe_hf.dtypes import dtype_name
+
         if not dry_run:
             _check_destination(destination)
+        dtype = dtype_name(dtype, DTYPES)
         chosen = {
             "num_experts": num_experts,
             "num_experts_per_tok": num_experts_per_tok,
@@ -188,16 +192,16 @@ def _stream(
 def _in_memory(
     source: str, destination: Path, arguments: dict[str, Any], dtype: str, max_shard_size: str, streamed_only: bool
 ) -> None:
+    from moe_hf.dense_sources import read_dense_config
     from moe_hf.errors import MoEError
     from moe_hf.hub import save_model
-    from moe_hf.inspection import load_config
     from moe_hf.upcycling import upcycle as upcycle_model
     from moe_hf.upcycling.sources import check_dense_config
 
     if streamed_only:
         raise MoEError(f"--restart and --no-verify need --dtype auto; with {dtype} the model is converted in memory.")
     # With all its parts, of which loading a causal language model may leave some out.
-    check_dense_config(load_config(source), source)
+    check_dense_config(read_dense_config(source), source)
     with quiet_transformers():
         moe = upcycle_model(load_model(source, dtype), **arguments)
         save_model(moe, load_tokenizer(source), destination, max_shard_size=max_shard_size)
@@ -235,6 +239,8 @@ def _print_result(source: str, destination: Path, as_json: bool) -> None:
     typer.echo(
         f"parameters: {count_text(facts.total_parameters)} total, {count_text(facts.active_parameters)} active per token"
     )
+    if "quantized_as" in facts.upcycling:
+        typer.echo(f"its experts have quantized values: the source's weights were {facts.upcycling['quantized_as']}")
     if check is None:
         typer.echo("logits were not compared with the dense model's: moe-hf verify does that")
     else:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def verify(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="The dense model: a folder or a Hub id.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="The dense model: a folder, a GGUF file or a Hub id.")],
     moe: Annotated[str, typer.Argument(metavar="MOE", help="The MoE made from it: a folder or a Hub id.")],
     seed: Annotated[int, typer.Option(help="Of the tokens.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -34,10 +34,13 @@ def verify(
 
 def _folder_or_model(path: str) -> "Path | PreTrainedModel":
     """A local folder as it is, checked, which is then run layer by layer; anything else loaded."""
+    from moe_hf.gguf_files import gguf_file_of
     from moe_hf.inspection import load_config
     from moe_hf.weight_checks import check_finite_weights, check_structure
 
     folder = Path(path).expanduser()
+    if gguf_file_of(folder) is not None:
+        return folder
     if not any(folder.glob("*.safetensors")):
         return load_model(path)
     load_config(path)

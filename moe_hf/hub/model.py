@@ -13,9 +13,11 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from moe_hf.dense_sources import load_dense_tokenizer
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.model_to_save import model_to_save
 from moe_hf.finetuning.trained_tensors import inner_model
+from moe_hf.gguf_files import gguf_file_of
 from moe_hf.hub.account import final_card, open_repository, preflight_account
 from moe_hf.hub.contents import files_to_push, refuse_secrets
 from moe_hf.hub.transfer import commit_files
@@ -176,7 +178,12 @@ def _find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     upcycling = getattr(model.config, "upcycling", None) or {}
     for source in filter(None, (model.name_or_path, upcycling.get("source"))):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+            is_gguf = Path(source).expanduser().exists() and gguf_file_of(source) is not None
+            tokenizer = (
+                load_dense_tokenizer(source)
+                if is_gguf
+                else AutoTokenizer.from_pretrained(source, local_files_only=True)
+            )
         except (OSError, ValueError, KeyError, ImportError):
             # No tokenizer there: the model is pushed without one, as transformers does.
             continue

@@ -173,6 +173,7 @@ def _upcycling_rows(upcycling: dict[str, Any], revision: str | None) -> dict[str
     if not upcycling:
         return {}
     rows = {"source": hub_id(upcycling.get("source")), "revision": revision or upcycling.get("revision")}
+    rows["the source's weights were quantized"] = upcycling.get("quantized_as")
     rows["experts start as"] = (upcycling.get("init") or {}).get("name")
     rows["routers start as"] = (upcycling.get("router_init") or {}).get("name")
     rows |= {name: upcycling.get(name) for name in ("noise", "seed")}

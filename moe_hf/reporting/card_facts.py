@@ -19,6 +19,7 @@ from huggingface_hub import (
 
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.expert_scores import read_json
+from moe_hf.gguf_files import gguf_file_of, read_gguf
 from moe_hf.reporting.statistics import FORMAT, JSON_NAME, PICTURE_NAME, figure_text
 
 
@@ -187,9 +188,11 @@ def routing_health(report: str | Path | None) -> tuple[dict[str, str], dict[str,
 
 
 def license_of(source: str | None) -> str | None:
-    """The licence in the card of a dense model that lies on this machine: a folder, or the Hub's cache. None if unknown."""
+    """The licence that a dense model on this machine names: in a folder's or the Hub's card, or a GGUF file. None if unknown."""
     if not source:
         return None
+    if Path(source).expanduser().exists() and (gguf := gguf_file_of(source)) is not None:
+        return read_gguf(gguf).license
     file = Path(source).expanduser() / "README.md"
     if not file.is_file():
         try:

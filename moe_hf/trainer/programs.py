@@ -19,6 +19,7 @@ from transformers.distributed import DistributedConfig
 
 from moe_hf.augmentation import augment
 from moe_hf.data import check_packing, load_text, split_by_document, tokenize_and_pack, train_tokenizer
+from moe_hf.dtypes import dtype_name
 from moe_hf.errors import MoEError
 from moe_hf.library_tasks import LIBRARY_TASKS, library_task
 from moe_hf.metrics import LanguageModelMetrics, token_statistics
@@ -39,6 +40,9 @@ from moe_hf.trainer.deepspeed import loaded_whole
 from moe_hf.trainer.layouts import check_config, check_launch, describe_layout
 from moe_hf.trainer.moe_trainer import FINAL_FOLDER, MoETrainer
 from moe_hf.upcycling import upcycle
+
+
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 def run_program(main: Callable[[], None]) -> None:
@@ -125,14 +129,13 @@ def load_checkpoint(
     """
     if args.model is None:
         raise MoEError("No model: set `model` in the recipe, or --model, to a folder or a Hub id.")
-    if args.dtype not in ("auto", "float32", "bfloat16"):
-        raise MoEError(f"dtype={args.dtype!r}: choose auto, float32 or bfloat16.")
+    dtype = dtype_name(args.dtype, DTYPES)
     if args.model.startswith((".", "/", "~")) and not Path(args.model).expanduser().exists():
         raise MoEError(f"No folder {args.model!r}. Give the folder of a checkpoint or a Hub id.")
     common = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     chosen = {"attn_implementation": args.attn_implementation, "experts_implementation": args.experts_implementation}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    layout, dtype = _layout_of_loading(args, training_args), args.dtype
+    layout = _layout_of_loading(args, training_args)
     if layout is not None:
         chosen["distributed_config"] = layout
         dtype = "float32" if training_args.scope is not None and training_args.fp32_masters else dtype
@@ -163,8 +166,9 @@ def given_dtype(args: ModelArguments, training_args: MoETrainingArguments) -> to
     """The dtype in which a checkpoint that is loaded in parts is saved again; None where the parameters tell."""
     if _layout_of_loading(args, training_args) is None:
         return None
-    if args.dtype != "auto":
-        return getattr(torch, args.dtype)
+    dtype = dtype_name(args.dtype, DTYPES)
+    if dtype != "auto":
+        return getattr(torch, dtype)
     common = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     return AutoConfig.from_pretrained(args.model, **common).dtype
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from moe_hf.dtypes import dtype_name
 from moe_hf.errors import MoEError
 from moe_hf.finetuning import find_moe_blocks, scope_parameter_names
 from moe_hf.inspection import load_config
@@ -27,7 +28,7 @@ from moe_hf.unwrapping import path_of
 from moe_hf.upcycling.prepare import prepare
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Of a device's memory: the rest is for the driver's context, kernels' workspaces and gaps between tensors.
 USABLE = 0.92
 MOST_DEVICES_TIMES = 8
@@ -55,8 +56,6 @@ class TrainingSettings:
         for name in ("batch", "sequence", "gpus", "accumulation"):
             if getattr(self, name) < 1:
                 raise MoEError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.dtype not in DTYPES:
-            raise MoEError(f"dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}.")
         if self.optimizer not in OPTIMIZERS:
             raise MoEError(f"optimizer={self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}.")
 
@@ -129,7 +128,7 @@ def plan_training(
     preset: str | None = None,
     scope: str = "moe",
     optimizer: str = "adamw",
-    dtype: str = "bf16",
+    dtype: str = "bfloat16",
     batch: int = 1,
     sequence: int = 1024,
     gpus: int = 1,
@@ -150,7 +149,7 @@ def plan_training(
         num_experts, num_experts_per_tok, preset, config_fields: of the upcycling (8 and 2 by default); for dense sources only.
         scope (`str`): what trains.
         optimizer (`str`): `"adamw"` (fused) or `"sgd"`.
-        dtype (`str`): `"bf16"` or `"fp32"`, of frozen weights and of the arithmetic.
+        dtype (`str`): `"bfloat16"` or `"float32"`, of frozen weights and of the arithmetic.
         batch, sequence (`int`): B and S of one micro-batch on each device.
         gpus (`int`): N.
         memory (`float`): of a device, in GiB; 92% of it are planned with.
@@ -162,6 +161,7 @@ def plan_training(
     Raises:
         MoEError: for a source without experts or settings that do not fit.
     """
+    dtype = dtype_name(dtype, tuple(DTYPES))
     settings = TrainingSettings(batch, sequence, gpus, scope, optimizer, dtype, checkpointing, accumulation)
     settings.check()
     planner = _Planner(

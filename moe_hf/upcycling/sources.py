@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from moe_hf.dense_sources import INSTEAD, quantization_name, quantization_settings, refuse_quantized_names
 from moe_hf.errors import MoEError
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.dense_classes import decoder_class
@@ -28,8 +29,8 @@ def check_dense_config(config: PreTrainedConfig, name: str) -> None:
     if isinstance(config, MoEConfig):
         raise MoEError(f"{name} is a moe_hf model already; give a dense model.")
     _refuse_parts(_parts_of_config(config), config, name)
-    if getattr(config, "quantization_config", None) is not None:
-        raise MoEError(f"{name} is quantized: give the checkpoint that it was made from, loaded without quantization.")
+    if quantization_settings(config) is not None:
+        raise MoEError(f"{name} is quantized by {quantization_name(quantization_settings(config))}. {INSTEAD}")
     decoder_class(config, MODEL_FOR_CAUSAL_LM_MAPPING)
 
 
@@ -62,11 +63,8 @@ def check_dense_weights(model: PreTrainedModel, name: str) -> None:
         MoEError: weights are quantised or offloaded.
     """
     for parameter_name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            raise MoEError(
-                f"{parameter_name} of {name} is {parameter.dtype}: the model is quantized. Give the checkpoint that it was "
-                "made from, loaded without quantization."
-            )
+        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+            raise MoEError(f"{parameter_name} of {name} is {parameter.dtype}: the model is quantized. {INSTEAD}")
         if parameter.is_meta:
             raise MoEError(
                 f"{parameter_name} of {name} is offloaded: load the model without device_map, or give its folder to "
@@ -83,8 +81,9 @@ def check_all_loaded(model: PreTrainedModel, report: Mapping[str, Any], name: st
         name (`str`): of the checkpoint, for the error.
 
     Raises:
-        MoEError: naming them.
+        MoEError: naming them, or quantized tensors that nothing says how to read.
     """
+    refuse_quantized_names(report["unexpected_keys"], name)
     missing = sorted(report["missing_keys"])
     if missing:
         raise MoEError(

@@ -7,15 +7,21 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
+from moe_hf.dense_sources import (
+    load_dense,
+    load_dense_tokenizer,
+    plain_model,
+    quantized_as,
+    read_dense_config,
+    tell_quantized,
+)
+from moe_hf.gguf_files import gguf_file_of
 from moe_hf.modeling.configuration_moe import MoEConfig, MoEError
 from moe_hf.modeling.dense_mlp import MLPSite
 from moe_hf.modeling.modeling_moe import MoEForCausalLM
@@ -63,7 +69,8 @@ def upcycle(
     model's, whatever the router chooses; the others change the function at the start, by an amount that is measured.
 
     Args:
-        dense (`PreTrainedModel`, `str` or `Path`): the model, a folder, or a Hub id. Never changed, nor aliased.
+        dense (`PreTrainedModel`, `str` or `Path`): the model, a folder, a GGUF file, or a Hub id. Never changed, nor aliased. Quantized
+            ones are dequantized, see `convert_source`.
         num_experts (`int`, *optional*): E, experts per layer; 8, or the preset's.
         num_experts_per_tok (`int`, *optional*): K, experts per token; 2, or the preset's. K = 1 is exact with a router of
             zeros, `ZeroRouter(noise=0)`; with others the outputs are right on average.
@@ -93,6 +100,10 @@ def upcycle(
             result that should be exact and is not.
     """
     dense = whole_model(dense, "Upcycling", or_path=True)
+    if isinstance(dense, PreTrainedModel):
+        dense, how = plain_model(dense, dense.name_or_path or type(dense).__name__)
+    else:
+        how = quantized_as(dense)
     ready = prepare(
         dense,
         _load_dense,
@@ -118,9 +129,21 @@ def upcycle(
     fill_blocks([m.base_model for m in models], sites, moe.base_model, config, method, seen.layers)
     moe.tie_weights()
     moe.generation_config = copy.deepcopy(ready.moe.generation_config)
-    config.upcycling = {"source": ready.source, **revision_of(model.config), **method.to_dict(), **seen.facts}
-    check_result(model, moe, config, method, sites[0], tokens_to_check(verify_inputs, inputs), allow_inexact)
+    config.upcycling = {
+        **source_facts(ready.source, how),
+        **revision_of(model.config),
+        **method.to_dict(),
+        **seen.facts,
+    }
+    check_result(
+        model, moe, config, moe.dtype, method, sites[0], tokens_to_check(verify_inputs, inputs), allow_inexact
+    )
     return moe
+
+
+def source_facts(source: str, quantized: str | None) -> dict[str, str]:
+    """Where the dense weights came from, for the metadata, and how they were quantized if they were."""
+    return {"source": source} | ({"quantized_as": quantized} if quantized is not None else {})
 
 
 def revision_of(config: PreTrainedConfig) -> dict[str, str]:
@@ -140,6 +163,7 @@ def check_result(
     dense: PreTrainedModel | str | Path,
     moe: PreTrainedModel | str | Path,
     config: MoEConfig,
+    dtype: torch.dtype,
     method: UpcyclingMethod,
     sites: Sequence[MLPSite],
     verify_inputs: torch.Tensor | None,
@@ -147,7 +171,7 @@ def check_result(
 ) -> None:
     """Run the dense model and the MoE made from it, record in `config.upcycling` what differs and what the routers do.
 
-    Warns of routers that are saturated or reach no token for some expert.
+    `dtype` is the weights': saving a configuration leaves a name in the place of its own. Warns of routers that are saturated or reach no token for some expert.
 
     Raises:
         MoEError: when the method is exact and the result is not.
@@ -157,7 +181,7 @@ def check_result(
     routing = recorder.result()
     config.upcycling |= {"verification": result.to_dict(), "routing": routing.to_dict()}
     if method.exact and not result.exact:
-        message = _inexact_message(result, method.why_inexact(config, sites, config.dtype))
+        message = _inexact_message(result, method.why_inexact(config, sites, dtype))
         if not allow_inexact:
             raise MoEError(
                 f"{message} Pass allow_inexact=True to accept that; the measured error is then stored in the config."
@@ -170,31 +194,31 @@ def _load_dense(dense: PreTrainedModel | str | os.PathLike) -> tuple[str, PreTra
     dense = whole_model(dense, "Upcycling", or_path=True)
     if isinstance(dense, PreTrainedModel):
         name = dense.name_or_path or type(dense).__name__
+        dense, _ = plain_model(dense, name)
         check_dense_model(dense, name)
         check_dense_weights(dense, name)
         return name, dense
     name = str(dense)
-    looks_like_path = isinstance(dense, Path) or name.startswith((".", "/", "~"))
-    if looks_like_path and not Path(name).expanduser().is_dir():
-        raise MoEError(f"{name} is not a folder; give a folder that save_pretrained wrote, or a Hub id.")
-    if Path(name).expanduser().is_dir():
+    folder = Path(name).expanduser()
+    if folder.is_dir() and gguf_file_of(folder) is None:
         from moe_hf.saving import check_shard_index
 
-        name = str(Path(name).expanduser())
-        check_shard_index(name)
+        check_shard_index(folder)
     # With all its parts, of which AutoModelForCausalLM may leave some out.
-    check_dense_config(AutoConfig.from_pretrained(name), str(dense))
-    model, report = AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True)
-    check_dense_model(model, str(dense))
-    check_all_loaded(model, report, str(dense))
-    return str(dense), model
+    check_dense_config(read_dense_config(name), name)
+    tell_quantized(name, quantized_as(name))
+    model, report = load_dense(name)
+    check_dense_model(model, name)
+    check_all_loaded(model, report, name)
+    check_dense_weights(model, name)
+    return name, model
 
 
 def _tokenizer(dense: PreTrainedModel | str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer that a folder or a Hub repository has."""
     name = dense.name_or_path if isinstance(dense, PreTrainedModel) else str(dense)
     try:
-        return AutoTokenizer.from_pretrained(name) if name else None
+        return load_dense_tokenizer(name) if name else None
     except (OSError, ValueError):
         return None
 

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from moe_hf.config_files import load_config
+from moe_hf.dense_sources import load_dense, needs_conversion
 from moe_hf.errors import MoEError
+from moe_hf.gguf_files import gguf_file_of
 from moe_hf.modeling.routing_ids import example_ids
 from moe_hf.unwrapping import in_own_precision, unwrapped, whole_model
 from moe_hf.upcycling.on_disk.layerwise import load_layerwise
@@ -84,7 +87,8 @@ def verify(
     other; of the dense one, its logits and the outputs of its layers are kept.
 
     Args:
-        dense, moe (`PreTrainedModel`, `str` or `Path`): causal language models, or local folders of such.
+        dense, moe (`PreTrainedModel`, `str` or `Path`): causal language models, local folders of such, or GGUF files.
+            Quantized ones are dequantized, whole in memory.
         inputs (`torch.Tensor`, *optional*): token ids, (B, S); compared besides 2 x 64 seeded random ids.
         seed (`int`): of the random ids.
         observe (`Callable`): `observe(model)` gives a context manager that is entered around the MoE's pass over
@@ -151,9 +155,11 @@ def _logits(
 @contextmanager
 def _opened(source: PreTrainedModel | str | Path, own_dtype: bool) -> Iterator[PreTrainedModel]:
     """The model to run, in evaluation mode, in float32 unless `own_dtype`."""
-    if not isinstance(source, nn.Module):
+    if not isinstance(source, nn.Module) and not needs_conversion(source):
         yield load_layerwise(source, None if own_dtype else torch.float32)
         return
+    if not isinstance(source, nn.Module):
+        source, _ = load_dense(source)
     is_wide = own_dtype or source.dtype == torch.float32
     model = source if is_wide else _float32_copy(whole_model(source, "Verifying a 16-bit model"))
     was_training = model.training
@@ -224,11 +230,12 @@ def _config_of(source: PreTrainedModel | str | Path) -> PreTrainedConfig:
     if isinstance(source, nn.Module):
         return source.config
     folder = Path(source).expanduser()
-    if not (folder / "config.json").is_file():
+    if gguf_file_of(folder) is None and not (folder / "config.json").is_file():
         raise MoEError(
-            f"{source} is not a folder with a config.json; give a model, or a folder that save_pretrained wrote."
+            f"{source} is not a folder with a config.json, and no GGUF file; give a model, or a folder that "
+            "save_pretrained wrote."
         )
-    return AutoConfig.from_pretrained(folder)
+    return load_config(str(folder))
 
 
 def _dtype_of(source: PreTrainedModel | str | Path, config: PreTrainedConfig) -> torch.dtype:

@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from moe_hf.dense_sources import TOKENIZER_FILES, load_dense_tokenizer
 from moe_hf.errors import MoEError
+from moe_hf.gguf_files import gguf_file_of
 from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.dense_mlp import MLPSite
 from moe_hf.modeling.routing import wide
@@ -24,7 +26,6 @@ from moe_hf.upcycling.recipes import ExpertRecipe
 HARMLESS_FIELDS = {"max_position_embeddings", "initializer_range", "use_cache"} | {
     name for name in PreTrainedConfig().to_dict() if name != "tie_word_embeddings"
 }
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,5 +225,7 @@ def check_same_vocabulary(base: str, other: str) -> None:
 
 def _vocabulary(name: str) -> dict[str, int] | None:
     folder = Path(name).expanduser()
+    if gguf_file_of(folder) is not None:
+        return load_dense_tokenizer(folder).get_vocab()
     has_files = folder.is_dir() and any((folder / file).exists() for file in TOKENIZER_FILES)
     return AutoTokenizer.from_pretrained(folder).get_vocab() if has_files else None

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from moe_hf.dense_sources import refuse_quantized_names
 from moe_hf.errors import MoEError
 from moe_hf.modeling.dense_mlp import MLPSite, activation_of, check_one_expert_reproduces, find_mlp_sites, holder_of
 from moe_hf.upcycling.sources import check_dense_config, check_dense_model
@@ -104,6 +105,7 @@ class DenseCheckpoint:
                 )
             else:
                 found[target] = name
+        refuse_quantized_names(unknown, str(self.folder))
         if unknown:
             logger.warning(
                 f"Not used: {len(unknown)} tensors of {self.folder} that the model has no place for: {unknown[:4]}."

@@ -1,7 +1,8 @@
 """A folder that takes long to write: it grows beside its destination, survives a kill, and appears in one step.
 
 All of it lies in `.NAME.partial` beside the destination NAME: `lock`, held by the process that writes; `state.json`, what
-the folder is made from and which files are finished; and `folder`, which is renamed to NAME in the end.
+the folder is made from and which files are finished; `folder`, which is renamed to NAME in the end; and `dense-0` and so on,
+ordinary checkpoints of sources that are none.
 """
 
 import fcntl
@@ -9,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,17 @@ from moe_hf.errors import MoEError
 from moe_hf.saving import publish_folder, refuse_existing
 
 
-LOCK_NAME, STATE_NAME, FOLDER_NAME = "lock", "state.json", "folder"
+LOCK_NAME, STATE_NAME, FOLDER_NAME, CONVERTED_NAME = "lock", "state.json", "folder", "dense-"
 
 
 class PartialFolder:
     """The unfinished state of `destination`; a context manager that holds its lock.
 
-    Entering continues what an interrupted process left, if that was made from equal `facts`. An error in the block
-    leaves it for the next time and says so, unless `discard` was called.
+    `begin` continues what an interrupted process left, if that was made from equal facts. An error after it leaves what is
+    there for the next time and says so, unless `discard` was called; an error before it leaves what there was.
 
     Args:
         destination (`str` or `os.PathLike`): must not exist.
-        facts (`dict`): all that decides the bytes of the folder, as plain values.
         restart (`bool`): throw away what an interrupted process left.
 
     Attributes:
@@ -36,16 +37,14 @@ class PartialFolder:
         finished (`dict[str, dict]`): names of finished files in it to their checksums.
 
     Raises:
-        `MoEError`: on entering, when the destination exists, another process writes it, its parent cannot be written, or
-            an interrupted process was making it from other facts.
+        `MoEError`: on entering, when the destination exists, another process writes it, or its parent cannot be written.
     """
 
-    def __init__(self, destination: str | os.PathLike, facts: dict[str, Any], *, restart: bool = False):
+    def __init__(self, destination: str | os.PathLike, *, restart: bool = False):
         self.destination = Path(os.path.abspath(destination))
         self.path = self.destination.with_name(f".{self.destination.name}.partial")
         self.folder = self.path / FOLDER_NAME
-        # As it will be read back, so that tuples equal lists.
-        self.facts = json.loads(json.dumps(facts, sort_keys=True))
+        self.facts: dict[str, Any] | None = None
         self.finished: dict[str, dict[str, str]] = {}
         self._restart = restart
         self._lock: int | None = None
@@ -56,7 +55,7 @@ class PartialFolder:
             self._lock = self._acquire()
             # What another process published while this one waited for its turn.
             refuse_existing(self.destination)
-            self._continue()
+            self._remove_folders(but=(FOLDER_NAME, *self.converted()))
         except OSError as error:
             self._release()
             raise MoEError(f"{self.path} cannot be written: {error.strerror or error}.") from error
@@ -65,7 +64,30 @@ class PartialFolder:
             raise
         return self
 
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Continue what an interrupted process left, or begin.
+
+        Args:
+            facts (`dict`): all that decides the bytes of the folder, as plain values.
+
+        Raises:
+            `MoEError`: an interrupted process was making it from other facts.
+        """
+        # As it will be read back, so that tuples equal lists.
+        self.facts = json.loads(json.dumps(facts, sort_keys=True))
+        self._continue()
+
+    def converted(self) -> list[str]:
+        """Names of the ordinary checkpoints that lie here."""
+        return [entry.name for entry in self.path.iterdir() if entry.name.startswith(CONVERTED_NAME)]
+
     def __exit__(self, kind, error, trace) -> None:
+        if self.facts is None:
+            # A process that is killed leaves what it has converted; a mistake in the arguments leaves nothing.
+            if isinstance(error, Exception) and not (self.path / STATE_NAME).exists():
+                self.discard()
+            self._release()
+            return
         self._release()
         if isinstance(error, MoEError | OSError) and self.path.exists():
             reason = str(error) if isinstance(error, MoEError) else f"{error.filename or self.path}: {error.strerror}."
@@ -122,9 +144,6 @@ class PartialFolder:
                 "that run to continue it, or pass restart=True (--restart) to throw it away."
             )
         finished = (state or {}).get("finished", {})
-        for entry in self.path.iterdir():
-            if entry.is_dir() and entry != self.folder:
-                shutil.rmtree(entry)
         self.folder.mkdir(exist_ok=True)
         for entry in list(self.folder.iterdir()):
             if entry.is_dir():
@@ -134,6 +153,12 @@ class PartialFolder:
             else:
                 self.finished[entry.name] = finished[entry.name]
         self._write_state()
+
+    def _remove_folders(self, but: Collection[str]) -> None:
+        """Remove what a killed process had only begun."""
+        for entry in self.path.iterdir():
+            if entry.is_dir() and entry.name not in but:
+                shutil.rmtree(entry)
 
     def _read_state(self, file: Path) -> dict[str, Any] | None:
         try:
