@@ -21,8 +21,8 @@ from benchmarks.initialisers_report import curves_plot, markdown_table
 from benchmarks.runs import with_training_flops, write_results
 from benchmarks.study import MOE, Settings, Study, parse_study, study_parser
 from moe_hf.errors import MoEError
+from moe_hf.inspection import forward_flops
 from moe_hf.upcycling.initialisers import make_initialiser
-from training.demo.steps import forward_flops
 
 
 @dataclass(frozen=True)

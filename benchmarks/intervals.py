@@ -6,15 +6,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-
-# The two-sided 95% quantile of Student's t by degrees of freedom.
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+from moe_hf.trainer.fair_comparison import student_t
 
 
 def spread(values: list[float]) -> dict[str, Any]:
     """Mean, standard deviation, and half the width of the 95% interval of the mean, of one number per seed."""
     deviation = stdev(values) if len(values) > 1 else nan
-    quantile = T_95.get(len(values) - 1, 1.96 if len(values) > 1 else nan)
+    quantile = student_t(0.95, len(values) - 1) if len(values) > 1 else nan
     return {
         "mean": mean(values),
         "std": deviation,

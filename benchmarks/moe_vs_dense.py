@@ -44,8 +44,9 @@ from benchmarks.runs import (
 )
 from moe_hf.data import builtin_corpus
 from moe_hf.errors import MoEError
+from moe_hf.inspection import forward_flops
 from training.demo.stages import Stages
-from training.demo.steps import batches, forward_flops
+from training.demo.steps import batches
 
 
 @dataclass(frozen=True)

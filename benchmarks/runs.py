@@ -20,7 +20,8 @@ from transformers import LlamaConfig, PreTrainedModel
 import moe_hf
 from moe_hf.data import corpus_fingerprint, split_by_document, tokenize_and_pack, train_tokenizer
 from moe_hf.errors import MoEError
-from training.demo.steps import evaluate, forward_flops, limit_code
+from moe_hf.inspection import forward_flops
+from training.demo.steps import evaluate, limit_code
 
 
 # A training step is a forward pass and a backward pass of twice its arithmetic.

@@ -126,7 +126,7 @@ def inspect_model(model: PreTrainedModel | str | Path) -> ModelFacts:
         if blocks
         else {},
         memory_bytes={dtype: round(total * size) for dtype, size in BYTES_PER_PARAMETER.items()},
-        flops_per_token=_flops_per_token(model, used),
+        flops_per_token=round(sum(_weight_flops(model, used).values())),
         upcycling=getattr(config, "upcycling", None),
     )
 
@@ -204,21 +204,59 @@ def _used_shares(model: PreTrainedModel) -> dict[str, float]:
     return shares
 
 
-def _flops_per_token(model: PreTrainedModel, used: dict[str, float]) -> int:
-    """Two per weight of each matrix that a token is multiplied with; embeddings are looked up, not multiplied.
+def forward_flops(model: PreTrainedModel, context: float) -> float:
+    """FLOPs of one token's forward pass: two per weight that it is multiplied with, and attention over `context` tokens.
 
-    Where experts are merged, a token runs through one, and each weight of all is added to it once per segment.
+    Attention is counted over the whole context, in each layer, as if no token were masked.
+
+    Args:
+        model (`PreTrainedModel`): a dense model or a MoE, of which K of E experts count.
+        context (`float`): tokens of a row.
+    """
+    return sum(_weight_flops(model, _used_shares(model)).values()) + _attention_flops(model, context)
+
+
+def training_flops(model: PreTrainedModel, context: float) -> float:
+    """FLOPs of one token in a training step: forward; gradients of the activations; gradients of the weights that train.
+
+    The second are as many as the first, the third two per trained weight that a token meets. What is frozen below the first
+    layer that trains is counted as if gradients went through it, and recomputed activations are not counted.
+
+    Args:
+        model (`PreTrainedModel`): whose `requires_grad` says what trains.
+        context (`float`): tokens of a row.
+    """
+    flops = _weight_flops(model, _used_shares(model))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    of_trained = sum(value for name, value in flops.items() if name in trained)
+    return 2 * sum(flops.values()) + of_trained + 3 * _attention_flops(model, context)
+
+
+def _attention_flops(model: PreTrainedModel, context: float) -> float:
+    """Scores and weighted sums, two FLOPs per number of each."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if isinstance(heads, int) else 0)
+    return 4 * config.num_hidden_layers * context * (heads * width if isinstance(heads, int) else config.hidden_size)
+
+
+def _weight_flops(model: PreTrainedModel, used: dict[str, float]) -> dict[str, float]:
+    """Of one token's forward pass by parameter: two per weight of each matrix that it is multiplied with.
+
+    Embeddings are looked up, not multiplied. Where experts are merged, a token runs through one, and each weight of all is
+    added to it once per segment.
     """
     if getattr(model.config, "router_type", None) == "segment_merge":
         length = model.config.router_kwargs.get("segment_length", SEGMENT_LENGTH)
         used = dict.fromkeys(used, 1 / model.config.num_experts + 1 / length)
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    flops = 0.0
-    for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and not name.endswith("_bias") and id(parameter) not in looked_up:
-            flops += 2 * parameter.numel() * used.get(name, 1.0)
     head = model.get_output_embeddings()
-    if head is not None:
-        runs = model.config.num_experts if getattr(model.config, "output_mixture", None) else 1
-        flops += 2 * head.weight.numel() * (runs - (id(head.weight) not in looked_up))
-    return round(flops)
+    flops = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or name.endswith("_bias"):
+            continue
+        runs = 0.0 if id(parameter) in looked_up else used.get(name, 1.0)
+        if head is not None and parameter is head.weight:
+            runs = model.config.num_experts if getattr(model.config, "output_mixture", None) else 1.0
+        flops[name] = 2 * parameter.numel() * runs
+    return flops

@@ -164,11 +164,16 @@ def test_verification_can_be_left_out(folders, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["upcycling"]["verification"] is None
 
 
-def test_methods_that_look_at_data_take_a_text_file(folders, tmp_path):
-    (tmp_path / "data.txt").write_text("one two three " * 300)
+@pytest.mark.parametrize("form", ["data.txt", "folder", "data.jsonl"])
+def test_methods_that_look_at_data_take_text_in_every_form(form, folders, tmp_path):
+    text = "one two three " * 300
+    (tmp_path / "data.txt").write_text(text)
+    (tmp_path / "folder" / "domain").mkdir(parents=True)
+    (tmp_path / "folder" / "domain" / "a.txt").write_text(text)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": text}) + "\n")
     options = ("--num-experts", 2, "--router-init", "kmeans")
     assert "inputs" in error_of(run("upcycle", folders[0], tmp_path / "out", *options))
-    result = run("upcycle", folders[0], tmp_path / "out", *options, "--inputs", tmp_path / "data.txt")
+    result = run("upcycle", folders[0], tmp_path / "out", *options, "--inputs", tmp_path / form)
     assert result.exit_code == 0, result.output
     recorded = json.loads((tmp_path / "out" / "config.json").read_text())["upcycling"]
     assert recorded["router_init"]["name"] == "kmeans"
@@ -252,7 +257,7 @@ def test_existing_destination_is_refused_and_untouched(folders, tmp_path):
         (("--init-set", "ratio=0.5"), "ratio"),
         (("--init", "drop", "--init-set", "ratio"), "--init-set takes"),
         (("--router-init", "magic"), "router_init"),
-        (("--inputs", "nowhere.txt"), "not a file"),
+        (("--inputs", "nowhere.txt"), "No file or folder"),
         (("--require-export", "magic"), "no native family"),
         (("--dtype", "float32", "--no-verify"), "--dtype auto"),
     ],

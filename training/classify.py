@@ -3,27 +3,38 @@
 accelerate launch training/classify.py --config training/recipes/classify.yaml --model FOLDER --output_dir OUT
 """
 
-from functools import partial
+from dataclasses import replace
 
 from moe_hf.trainer.arguments import FinetuneArguments, ModelArguments, MoEArgumentParser
-from moe_hf.trainer.classification import LabelledDataArguments, classifier_trainer, load_classifier, load_labelled
-from moe_hf.trainer.comparison import train_beside_control
-from moe_hf.trainer.programs import prepare_run, run_program, train_and_save
+from moe_hf.trainer.classification import (
+    LabelledDataArguments,
+    classifier_trainer,
+    load_classifier,
+    load_labelled,
+    tokenized_rows,
+)
+from moe_hf.trainer.comparison import ComparisonArguments, train_beside_control
+from moe_hf.trainer.programs import evaluation_parts, prepare_run, run_program
 
 
 def main() -> None:
     """Run the program that the command line describes."""
-    parser = MoEArgumentParser((ModelArguments, LabelledDataArguments, FinetuneArguments), description=__doc__)
-    model_args, data_args, training_args = parser.parse()
-    prepare_run(training_args)
+    types = (ModelArguments, ComparisonArguments, LabelledDataArguments, FinetuneArguments)
+    model_args, comparison, data_args, training_args = MoEArgumentParser(types, description=__doc__).parse()
+    prepare_run(training_args, comparison, model_args)
     data = load_labelled(data_args)
+    validation, test = evaluation_parts(data.held_out, comparison, training_args, data_args.split_seed)
+    data = replace(data, held_out=validation)
+    form = {"task": data_args.task, "max_length": data_args.max_length}
 
-    def train_one(model, tokenizer, args):
-        trainer = classifier_trainer(model, tokenizer, args, data, data_args.task, data_args.max_length)
-        return train_and_save(trainer)
+    def make(loaded_args, args):
+        model, tokenizer = load_classifier(loaded_args, args, data, data_args.task)
+        return classifier_trainer(model, tokenizer, args, data, **form)
 
-    load = partial(load_classifier, data=data, task=data_args.task)
-    train_beside_control(model_args, training_args, load, train_one)
+    def measure(trainer):
+        return trainer.evaluate(tokenized_rows(test, trainer.processing_class, **form))
+
+    train_beside_control(model_args, comparison, training_args, make, measure, data_args)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import moe_hf
-from moe_hf.errors import MoEError
 from moe_hf.trainer.arguments import DataArguments, ModelArguments, MoEArgumentParser
 from moe_hf.trainer.comparison import print_comparison
 from moe_hf.trainer.distillation import DistillationArguments, DistillationTrainer
@@ -53,8 +52,6 @@ def main() -> None:
         (ModelArguments, StudentArguments, DataArguments, DistillationArguments), description=__doc__
     )
     model_args, student_args, data_args, training_args = parser.parse()
-    if model_args.control is not None:
-        raise MoEError("Distillation compares the student with its teacher: leave control out.")
     prepare_run(training_args)
     documents = load_documents(data_args)
     teacher, tokenizer = load_checkpoint(model_args, training_args)

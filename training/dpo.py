@@ -5,27 +5,33 @@ accelerate launch training/dpo.py --config training/recipes/preferences.yaml --m
 
 from moe_hf.trainer.arguments import ModelArguments, MoEArgumentParser
 from moe_hf.trainer.chats import ChatDataArguments, load_chat_model, load_chats
-from moe_hf.trainer.checkpoints import resume_choice
-from moe_hf.trainer.comparison import train_beside_control
-from moe_hf.trainer.programs import evaluate_and_record, prepare_run, run_program
+from moe_hf.trainer.comparison import ComparisonArguments, train_beside_control
+from moe_hf.trainer.programs import evaluation_parts, prepare_run, run_program, trl_trainer
 from moe_hf.trainer.trl_trainers import MoEDPOConfig, MoEDPOTrainer
+
+
+COLUMNS = ("prompt", "chosen", "rejected")
 
 
 def main() -> None:
     """Run the program that the command line describes."""
-    parser = MoEArgumentParser((ModelArguments, ChatDataArguments, MoEDPOConfig), description=__doc__)
-    model_args, data_args, training_args = parser.parse()
-    prepare_run(training_args)
-    train, held_out = load_chats(data_args, ("prompt", "chosen", "rejected"))
+    types = (ModelArguments, ComparisonArguments, ChatDataArguments, MoEDPOConfig)
+    model_args, comparison, data_args, training_args = MoEArgumentParser(types, description=__doc__).parse()
+    prepare_run(training_args, comparison, model_args)
+    train, held_out = load_chats(data_args, COLUMNS)
+    parts = evaluation_parts(held_out, comparison, training_args, data_args.split_seed)
+    rows = [part.select_columns(list(COLUMNS)) for part in (train, *parts)]
 
-    def train_one(model, tokenizer, args):
-        trainer = MoEDPOTrainer(model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
-        trainer.train(resume_from_checkpoint=resume_choice(args))
-        metrics = evaluate_and_record(trainer)
-        trainer.save_model()
+    def make(loaded_args, args):
+        model, tokenizer = load_chat_model(loaded_args, args)
+        trainer, trainer.test_dataset = trl_trainer(MoEDPOTrainer, model, tokenizer, args, rows[0], rows[1:])
+        return trainer
+
+    def measure(trainer):
+        metrics = trainer.evaluate(trainer.test_dataset)
         return metrics
 
-    train_beside_control(model_args, training_args, load_chat_model, train_one)
+    train_beside_control(model_args, comparison, training_args, make, measure, data_args)
 
 
 if __name__ == "__main__":

@@ -128,26 +128,34 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerBase | None":
     return find_dense_tokenizer(source)
 
 
-def read_token_ids(path: Path, source: str) -> "torch.Tensor":
-    """The head of a text file as rows of at most 512 tokens of the source's tokenizer, (B, S); 8192 tokens at most."""
+def read_token_ids(data: str, source: str) -> "torch.Tensor":
+    """Text as rows of at most 512 tokens of the source's tokenizer, (B, S); 8192 tokens at most.
+
+    Args:
+        data: what every option with text takes: a file or a folder of text, `builtin`, or a dataset's name on the Hub.
+        source: the model.
+    """
     import torch
 
+    from moe_hf.data import load_text
     from moe_hf.errors import MoEError
     from moe_hf.inspection import load_config
 
     rows, length = 16, 512
-    if not path.is_file():
-        raise MoEError(f"--inputs {path} is not a file; give a text file of your data.")
+    documents = load_text(data).shuffle(seed=0)
     with quiet_transformers():
         tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise MoEError(f"{source} has no tokenizer, which --inputs needs.")
-    # About 4 characters are a token; more than enough are read.
-    with open(path, encoding="utf-8") as file:
-        text = file.read(16 * rows * length)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: rows * length]
+    ids: list[int] = []
+    for text in documents["text"]:
+        # About 4 characters are a token; more than enough are read.
+        ids += tokenizer(text[: 16 * rows * length], add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= rows * length:
+            break
     if not ids:
-        raise MoEError(f"--inputs {path} has no text.")
+        raise MoEError(f"--inputs {data} has no text.")
+    ids = ids[: rows * length]
     # Some families have a row of an embedding for each position, and no more.
     positions = getattr(load_config(source), "max_position_embeddings", None)
     length = min(length, len(ids), positions or length)

@@ -42,7 +42,7 @@ def score_experts(
             if tokenizer is None:
                 raise MoEError(f"{model} has no tokenizer, which --data needs.")
             blocks = text_blocks(moe, tokenizer, documents.shuffle(seed=seed), block_size, max_tokens)
-            scores = score(moe, batches_of(blocks, batch_size), max_tokens=max_tokens)
+            scores = score(moe, batches_of(blocks, batch_size, max_tokens))
         if output is None:
             typer.echo(json.dumps(scores.to_dict(), indent=1))
         else:

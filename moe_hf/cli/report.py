@@ -63,7 +63,6 @@ def report(
                 moe,
                 dict(_domain_batches(moe, tokenizer, documents, block_size, batch_size, share)),
                 tokenizer=tokenizer,
-                max_tokens=share,
                 sample_tokens=sample_tokens,
                 against=None if against is None else _load(against),
                 origin=None if origin is None else _load(origin),
@@ -96,7 +95,7 @@ def _domain_batches(
     for domain in sorted(set(of_document)):
         own = documents.select([place for place, name in enumerate(of_document) if name == domain])
         blocks = text_blocks(model, tokenizer, own, block_size, max_tokens)
-        yield domain, batches_of(blocks, min(batch_size, -(-max_tokens // block_size)))
+        yield domain, batches_of(blocks, batch_size, max_tokens)
 
 
 def _write(statistics: "RoutingStatistics", output: Path) -> None:

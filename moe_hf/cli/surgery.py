@@ -26,7 +26,9 @@ NumExpertsPerTok = Annotated[
     int | None, typer.Option(help="Experts that each token of the new model uses; as before if not given.")
 ]
 RouterNoise = Annotated[float, typer.Option(help="Noise on each new router row, in standard deviations of the row.")]
-Inputs = Annotated[Path | None, typer.Option(help="A text file of your data, to measure on.")]
+Inputs = Annotated[
+    str | None, typer.Option(help="Text to measure on: a file or folder, the name of a Hub dataset, or `builtin`.")
+]
 Seed = Annotated[int, typer.Option(help="Of all random numbers, and of the check's tokens.")]
 EXPERT_SYNTAX = "an id, MOE:ID for an expert of another MoE, or DENSE for a dense model's MLPs"
 
@@ -110,7 +112,10 @@ def to_dense(
     ] = "average",
     expert: Annotated[int | None, typer.Option(help="Id, for --method expert.")] = None,
     inputs: Annotated[
-        Path | None, typer.Option(help="A text file of your data, to measure how much each expert counts.")
+        str | None,
+        typer.Option(
+            help="Text to measure on how much each expert counts: a file or folder, the name of a Hub dataset, or `builtin`."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the check's tokens.")] = 0,
 ) -> None:
@@ -128,7 +133,7 @@ def to_dense(
         _save(dense, source, destination, error)
 
 
-def _operate(operation: str, source: str, destination: Path, inputs: Path | None, **arguments: Any) -> None:
+def _operate(operation: str, source: str, destination: Path, inputs: str | None, **arguments: Any) -> None:
     """Run an operation of `upcycling.surgery` on a checkpoint, and save the result."""
     with user_errors():
         refuse_existing(destination)

@@ -51,10 +51,23 @@ def text_blocks(
     return tokenize_and_pack(documents, tokenizer, block_size)
 
 
-def batches_of(blocks: "Dataset", batch_size: int) -> Iterator[dict[str, Any]]:
-    """Batches of `batch_size` rows, as a model takes them."""
-    rows = iter(blocks)
-    while batch := list(islice(rows, batch_size)):
-        import torch
+def batches_of(blocks: "Dataset", batch_size: int, max_tokens: int) -> Iterator[dict[str, Any]]:
+    """Batches of `batch_size` rows, as a model takes them, with `max_tokens` in all; a row that is cut is a batch of its own."""
+    import torch
 
-        yield {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
+    rows = iter(blocks)
+    while max_tokens > 0 and (batch := list(islice(rows, batch_size))):
+        whole = []
+        for row in batch:
+            count = len(row["input_ids"]) if "attention_mask" not in row else int(row["attention_mask"].sum())
+            if count > max_tokens:
+                break
+            whole.append(row)
+            max_tokens -= count
+        if whole:
+            yield {name: torch.stack([row[name] for row in whole]) for name in whole[0]}
+        if len(whole) < len(batch):
+            # Padding follows the text.
+            if max_tokens:
+                yield {name: values[None, :max_tokens] for name, values in row.items()}
+            return

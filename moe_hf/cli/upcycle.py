@@ -45,7 +45,11 @@ RouterInitOptions = Annotated[
 Noise = Annotated[float, typer.Option(help="Gaussian noise on each expert, in standard deviations.")]
 SharedShare = Annotated[float, typer.Option(help="Part of the output that a shared expert starts with.")]
 Inputs = Annotated[
-    Path | None, typer.Option(help="A text file, for methods that look at what the dense model does on your data.")
+    str | None,
+    typer.Option(
+        help="Text for methods that look at what the dense model does on your data: a file or folder, the name of a Hub "
+        "dataset, or `builtin`."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Of all random numbers, and of the check's tokens.")]
 Dtype = Annotated[

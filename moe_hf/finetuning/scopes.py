@@ -6,7 +6,7 @@ this package's models and transformers' own (Mixtral, Qwen3-MoE, OLMoE, GLM4-MoE
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class ScopeReport:
     """What trains after `apply_scope`: counts in parameters, sizes in bytes as stored, names of parameters.
 
     A chosen expert counts once in `total_parameters`, though its frozen row stays in memory beside the one that trains.
+    `mlp_layers` are those whose dense MLPs counted as experts.
     """
 
     scope: str
@@ -56,11 +57,13 @@ class ScopeReport:
     total_parameters: int
     trainable_bytes: int
     names: tuple[str, ...] = field(repr=False)
+    mlp_layers: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         share = 100 * self.trainable_parameters / self.total_parameters
+        layers = f", MLPs of layers {', '.join(map(str, self.mlp_layers))} as experts" if self.mlp_layers else ""
         return (
-            f"scope {self.scope}: {self.trainable_parameters:,} of {self.total_parameters:,} parameters train "
+            f"scope {self.scope}{layers}: {self.trainable_parameters:,} of {self.total_parameters:,} parameters train "
             f"({share:.1f} %, {self.trainable_bytes / 2**20:,.1f} MiB)"
         )
 
@@ -71,6 +74,7 @@ def apply_scope(
     *,
     master_dtype: torch.dtype | None = torch.float32,
     expert_selection: ExpertSelection | Mapping[str, Any] | str | Path | None = None,
+    mlp_layers: Collection[int] | None = None,
 ) -> ScopeReport:
     """Freeze `model` outside `scope` and make the parameters in it trainable.
 
@@ -82,6 +86,8 @@ def apply_scope(
             frozen rest stays in bf16. `None` leaves dtypes alone.
         expert_selection (`ExpertSelection`, `dict` or `str`, *optional*): for the scope `selected`: the chosen experts, as
             an object, as `{layer: [ids]}`, or as the path of a JSON file of `select_experts`.
+        mlp_layers (`Collection[int]`, *optional*): layers whose dense MLPs count as experts, so that the scope of a MoE fits
+            the dense model that it is compared with.
 
     Raises:
         MoEError: an unknown scope, or one that matches no parameter; a selection that does not fit; a model that is
@@ -104,9 +110,9 @@ def apply_scope(
         wanted = set(split_selected_experts(model, selection, master_dtype)) | others
         names = tuple(name for name, _ in model.named_parameters() if name in wanted)
     else:
-        scope_parameter_names(model, scope)
+        scope_parameter_names(model, scope, mlp_layers)
         merge_selected_experts(model)
-        names = scope_parameter_names(model, scope)
+        names = scope_parameter_names(model, scope, mlp_layers)
         wanted = set(names)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in wanted)
@@ -118,10 +124,10 @@ def apply_scope(
             "them by hand afterwards; to train them alone, choose no scope."
         )
     guard_saving(given)
-    return report_scope(model, scope)
+    return report_scope(model, scope, mlp_layers)
 
 
-def report_scope(model: nn.Module, scope: str) -> ScopeReport:
+def report_scope(model: nn.Module, scope: str, mlp_layers: Collection[int] | None = None) -> ScopeReport:
     """Say what of `model` trains now, under the name `scope`."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     twice = set(selected_parameter_names(model))
@@ -131,6 +137,7 @@ def report_scope(model: nn.Module, scope: str) -> ScopeReport:
         total_parameters=sum(whole_shape(p).numel() for name, p in model.named_parameters() if name not in twice),
         trainable_bytes=sum(whole_shape(p).numel() * p.element_size() for p in trained.values()),
         names=tuple(trained),
+        mlp_layers=tuple(sorted(mlp_layers or ())),
     )
 
 
@@ -149,13 +156,21 @@ def _check_scope(scope: str) -> None:
         raise MoEError(f"Unknown scope {scope!r}; scopes are {', '.join(SCOPES)}.{hint}")
 
 
-def scope_parameter_names(model: nn.Module, scope: str) -> tuple[str, ...]:
+def scope_parameter_names(model: nn.Module, scope: str, mlp_layers: Collection[int] | None = None) -> tuple[str, ...]:
     """Return the names of the parameters in `scope`, in the model's order; tied parameters appear once.
 
     Those of `selected` are there after `apply_scope` only.
+
+    Args:
+        mlp_layers (`Collection[int]`, *optional*): layers whose dense MLPs count as experts.
+
+    Raises:
+        MoEError: an unknown scope, one that matches no parameter, or a layer without a dense MLP.
     """
     _check_scope(scope)
     parts = _parameter_parts(model)
+    if mlp_layers:
+        parts |= dict.fromkeys(_mlps_of_layers(model, parts, mlp_layers), "experts")
     if scope == "moe":
         chosen = {name for name, part in parts.items() if part in ("experts", "router", "shared", "moe")}
     elif scope == "non_moe":
@@ -184,6 +199,24 @@ def _parameter_parts(model: nn.Module) -> dict[str, str]:
     """Map each parameter name to `experts`, `router`, `shared`, `moe` (the rest of a block) or `dense`."""
     blocks = sorted(find_moe_blocks(model), key=len, reverse=True)
     return {name: _part(name, blocks) for name, _ in model.named_parameters()}
+
+
+def _mlps_of_layers(model: nn.Module, parts: dict[str, str], layers: Collection[int]) -> list[str]:
+    """The parameters of the dense MLPs in some layers."""
+    mlps = {name: layer_of(name) for name, part in parts.items() if part == "dense" and _is_dense_mlp(name)}
+    missing = sorted(set(layers) - set(mlps.values()), key=str)
+    if missing:
+        known = sorted(layer for layer in set(mlps.values()) if layer is not None)
+        raise MoEError(
+            f"{type(model).__name__} has no dense MLP in layer {missing[0]}; it has them in "
+            f"{', '.join(map(str, known)) or 'none'}. Name these in mlp_layers, by number."
+        )
+    return [name for name, layer in mlps.items() if layer in layers]
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a module or parameter is in, or None outside of the layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def _part(name: str, blocks: list[str]) -> str:

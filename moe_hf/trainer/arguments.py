@@ -41,6 +41,13 @@ class MoETrainingArguments(TrainingArguments):
             "lists of ids."
         },
     )
+    mlp_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers of a dense model whose MLPs `scope` takes for experts: those that have experts in a MoE "
+            "which it is compared with."
+        },
+    )
     expert_lora_r: int = field(default=8, metadata={"help": "Rank of the adapters of the scope expert_lora."})
     expert_lora_alpha: float = field(default=16.0, metadata={"help": "Their scale times their rank."})
     expert_lora_dropout: float = field(default=0.0, metadata={"help": "Share of their inputs that is dropped."})
@@ -128,6 +135,10 @@ class MoETrainingArguments(TrainingArguments):
         self.part_rates()
         if self.expert_selection is not None and self.scope not in ("selected", "expert_lora"):
             raise MoEError(f"expert_selection is for the scopes selected and expert_lora; scope is {self.scope!r}.")
+        if self.mlp_layers is not None and self.scope in (None, "selected", "expert_lora"):
+            raise MoEError(
+                f"mlp_layers says what a scope takes for experts, not which of them; scope is {self.scope!r}."
+            )
         super().__post_init__()
 
     def part_rates(self) -> PartRates:
@@ -175,13 +186,6 @@ class ModelArguments:
     upcycle: dict | str | None = field(
         default=None,
         metadata={"help": "Turn `model`, a dense one, into a MoE first: arguments of moe_hf.upcycle, a map or JSON."},
-    )
-    control: str | None = field(
-        default=None,
-        metadata={
-            "help": "A dense model that is trained by the same recipe after it, for comparison: a folder, a Hub id, or "
-            "`parent` for the one that the MoE was made from."
-        },
     )
 
     def __post_init__(self) -> None:

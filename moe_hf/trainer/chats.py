@@ -52,7 +52,7 @@ def load_chats(args: ChatDataArguments, columns: tuple[str, ...]) -> tuple[Datas
     """Rows for training and evaluation; whole documents are held out, or rows where there is no column `document`.
 
     Args:
-        columns: what every row must have.
+        columns: what every row must have; `domain` and `document`, by which rows can be held out, stay beside them.
 
     Raises:
         MoEError: nothing to read, or a missing column.
@@ -74,7 +74,8 @@ def load_chats(args: ChatDataArguments, columns: tuple[str, ...]) -> tuple[Datas
         ),
     )
     return tuple(
-        part.select_columns(list(columns)).select(range(min(len(part), limit or len(part)))) for part, limit in parts
+        part.select_columns([*columns, "domain", "document"]).select(range(min(len(part), limit or len(part))))
+        for part, limit in parts
     )
 
 

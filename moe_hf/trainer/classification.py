@@ -139,8 +139,7 @@ def classifier_trainer(
     max_length: int,
 ) -> MoETrainer:
     """A trainer of the head and of what `args.scope` names."""
-    tokenize = {"sequence": _tokenized_texts, "token": _tokenized_words}[task]
-    rows = [tokenize(rows, tokenizer, max_length) for rows in (data.train, data.held_out)]
+    rows = [tokenized_rows(rows, tokenizer, task, max_length) for rows in (data.train, data.held_out)]
     collator = DataCollatorWithPadding if task == "sequence" else DataCollatorForTokenClassification
     trainer = MoETrainer(
         model,
@@ -155,6 +154,12 @@ def classifier_trainer(
     for parameter in new_head_parameters(trainer.model):
         parameter.requires_grad_(True)
     return trainer
+
+
+def tokenized_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: str, max_length: int) -> Dataset:
+    """Rows of `load_labelled` as a trainer takes them: `input_ids`, `attention_mask` and `labels`, at most `max_length` long."""
+    tokenize = {"sequence": _tokenized_texts, "token": _tokenized_words}[task]
+    return tokenize(rows, tokenizer, max_length)
 
 
 def new_head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:

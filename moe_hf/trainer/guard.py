@@ -13,6 +13,10 @@ from transformers import PreTrainedModel, TrainerCallback
 from moe_hf.errors import MoEError
 
 
+class NotFiniteError(MoEError):
+    """A loss or a gradient that is not finite: the run diverged."""
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor that may be spread over processes; it shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -40,7 +44,7 @@ def check_finite(
             known already; clipping, and `Trainer` when it takes their joint norm, spreads a NaN over all gradients.
 
     Raises:
-        MoEError: with the step and the layer, in all processes if it is so in one.
+        NotFiniteError: with the step and the layer, in all processes if it is so in one.
     """
     if norms is None:
         norms = _gradient_norms(model) if gradients else {}
@@ -57,7 +61,7 @@ def check_finite(
     numbers = joint.tolist()
     lost = [number for number in numbers[: len(losses)] if not _is_finite(number)]
     names = [name for name, number in zip(norms, numbers[len(losses) :], strict=True) if not _is_finite(number)]
-    raise MoEError(_describe(model, step, lost, names))
+    raise NotFiniteError(_describe(model, step, lost, names))
 
 
 def _gradient_norms(model: nn.Module) -> dict[str, torch.Tensor]:

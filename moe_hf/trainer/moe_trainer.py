@@ -121,9 +121,13 @@ class MoETrainer(StepTrainer, ResumableTrainer):
             _refuse_selected_in_shards(model, args)
             # DeepSpeed has masters of its own.
             master_dtype = torch.float32 if args.fp32_masters and args.deepspeed is None else None
-            _refuse_late_masters(model, args.scope, master_dtype)
+            _refuse_late_masters(model, args, master_dtype)
             self.scope_report = apply_scope(
-                model, args.scope, master_dtype=master_dtype, expert_selection=args.expert_selection
+                model,
+                args.scope,
+                master_dtype=master_dtype,
+                expert_selection=args.expert_selection,
+                mlp_layers=args.mlp_layers,
             )
         _check_trainable(model)
         _choose_autocast(args, model, set(self._given_dtypes.values()))
@@ -296,11 +300,11 @@ def _refuse_made_in_shards(args: TrainingArguments) -> None:
         )
 
 
-def _refuse_late_masters(model: nn.Module, scope: str, master_dtype: torch.dtype | None) -> None:
+def _refuse_late_masters(model: nn.Module, args: MoETrainingArguments, master_dtype: torch.dtype | None) -> None:
     """FSDP has fixed the dtype of what it sharded."""
     if master_dtype is None or not is_sharded(model):
         return
-    names = set(scope_parameter_names(model, scope))
+    names = set(scope_parameter_names(model, args.scope, args.mlp_layers))
     late = [name for name, p in model.named_parameters() if name in names and p.dtype != master_dtype]
     if late:
         raise MoEError(

@@ -1,6 +1,9 @@
 """What the training programs share: data from their arguments, and errors without a traceback."""
 
+import json
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +19,16 @@ from transformers import (
     set_seed,
 )
 from transformers.distributed import DistributedConfig
+from transformers.utils import logging
 
 from moe_hf.augmentation import augment
-from moe_hf.data import check_packing, load_text, split_by_document, tokenize_and_pack, train_tokenizer
+from moe_hf.data import (
+    check_packing,
+    load_text,
+    split_by_document,
+    tokenize_and_pack,
+    train_tokenizer,
+)
 from moe_hf.dtypes import dtype_name
 from moe_hf.errors import MoEError
 from moe_hf.library_tasks import LIBRARY_TASKS, library_task
@@ -35,7 +45,10 @@ from moe_hf.trainer.arguments import (
     MoETrainingArguments,
 )
 from moe_hf.trainer.checkpoints import agree, choose_checkpoint, resume_choice
-from moe_hf.trainer.comparison import train_beside_control
+from moe_hf.trainer.comparison import ComparisonArguments, train_beside_control
+from moe_hf.trainer.comparison.arms import control_arm
+from moe_hf.trainer.comparison.halves import validation_and_test
+from moe_hf.trainer.comparison.record import check_folder
 from moe_hf.trainer.deepspeed import loaded_whole
 from moe_hf.trainer.layouts import check_config, check_launch, describe_layout
 from moe_hf.trainer.moe_trainer import FINAL_FOLDER, MoETrainer
@@ -44,14 +57,27 @@ from moe_hf.upcycling import upcycle
 
 DTYPES = ("auto", "float32", "bfloat16")
 
+logger = logging.get_logger(__name__)
+
 
 def run_program(main: Callable[[], None]) -> None:
-    """Run `main`; a `MoEError` becomes one line on stderr and exit code 2."""
+    """Run `main`; a `MoEError` becomes one line on stderr and exit code 2.
+
+    A launcher of several processes ends with a report of its own on the first that failed, which then has the sentence too.
+    """
     try:
         main()
     except MoEError as error:
         print(f"Error: {error}", file=sys.stderr)
+        _tell_launcher(f"Error: {error}")
         sys.exit(2)
+
+
+def _tell_launcher(message: str) -> None:
+    """torchrun, and accelerate with it, report on a failed process what stands in its error file, and no traceback if none does."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def load_documents(args: DataArguments) -> tuple[Dataset, Dataset]:
@@ -71,6 +97,17 @@ def load_documents(args: DataArguments) -> tuple[Dataset, Dataset]:
         documents = _with_domain_ids(documents, args.ids_from_domain)
     train, held_out = split_by_document(documents, args.held_out_share, args.split_seed)
     return augment(train, args.augment or (), args.split_seed), held_out
+
+
+def evaluation_parts(
+    held_out: Dataset, comparison: ComparisonArguments, args: MoETrainingArguments, seed: int
+) -> tuple[Dataset, Dataset]:
+    """The held-out rows that choices are made on, and those that results are reported on: the same where nothing is chosen.
+
+    Raises:
+        MoEError: a domain has too few documents for both.
+    """
+    return validation_and_test(held_out, seed) if comparison.chooses(args) else (held_out, held_out)
 
 
 def _text_of(documents: Dataset, name: str) -> Dataset:
@@ -107,6 +144,12 @@ def evaluation_blocks(
         rows = documents.select([i for i, name in enumerate(domains) if name == domain])
         packed = tokenize_and_pack(rows, tokenizer, args.block_size, packed=args.packed)
         blocks[domain] = _at_most(packed, args.max_eval_tokens, args.block_size)
+    empty = [domain for domain, rows in blocks.items() if len(rows) == 0]
+    advice = f"less than a block of {args.block_size} tokens: raise held_out_share, or lower block_size"
+    if len(empty) == len(blocks):
+        raise MoEError(f"The text to evaluate on ({', '.join(empty)}) is {advice}.")
+    if empty:
+        logger.warning(f"Not evaluated: {', '.join(empty)}, of which there is {advice}.")
     return blocks
 
 
@@ -248,30 +291,63 @@ def finetune(
     description: str, arguments_class: type[FinetuneArguments], trainer_class: type[MoETrainer] = MoETrainer
 ) -> None:
     """Run what the command line describes: load or upcycle a model, train it, and its control where one is asked for."""
-    parser = MoEArgumentParser((ModelArguments, DataArguments, arguments_class), description=description)
-    model_args, data_args, training_args = parser.parse()
-    prepare_run(training_args)
-    documents = load_documents(data_args)
-    saved_in: dict[str, torch.dtype | None] = {}
+    types = (ModelArguments, ComparisonArguments, DataArguments, arguments_class)
+    model_args, comparison, data_args, training_args = MoEArgumentParser(types, description=description).parse()
+    prepare_run(training_args, comparison, model_args)
+    train, held_out = load_documents(data_args)
+    validation, test = evaluation_parts(held_out, comparison, training_args, data_args.split_seed)
 
-    def load(loaded_args, args):
-        saved_in[args.output_dir] = given_dtype(loaded_args, args)
-        return load_checkpoint(loaded_args, args)
+    def make(loaded_args, args):
+        model, tokenizer = load_checkpoint(loaded_args, args)
+        options = {"trainer_class": trainer_class, "given_dtype": given_dtype(loaded_args, args)}
+        return make_trainer(model, tokenizer, args, data_args, (train, validation), **options)
 
-    def train_one(model, tokenizer, args):
-        options = {"trainer_class": trainer_class, "given_dtype": saved_in[args.output_dir]}
-        return train_and_save(make_trainer(model, tokenizer, args, data_args, documents, **options))
+    def measure(trainer):
+        if test is validation:
+            return trainer.evaluate()
+        return trainer.evaluate(evaluation_blocks(test, trainer.processing_class, data_args))
 
-    train_beside_control(model_args, training_args, load, train_one)
+    train_beside_control(model_args, comparison, training_args, make, measure, data_args)
 
 
-def prepare_run(args: MoETrainingArguments) -> None:
-    """Seed every generator and refuse a folder where training cannot start, before anything is loaded."""
+def trl_trainer(
+    trainer_class: type[MoETrainer],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: MoETrainingArguments,
+    train: Dataset,
+    evaluation: tuple[Dataset, Dataset],
+) -> tuple[MoETrainer, Dataset]:
+    """A trainer of TRL that evaluates on the first of `evaluation`, and the second as that trainer's `evaluate` takes it.
+
+    TRL prepares its rows when a trainer is made, and both parts are prepared then.
+    """
+    parts = dict(zip(("validation", "test"), evaluation, strict=True))
+    trainer = trainer_class(model, args, train_dataset=train, eval_dataset=parts, processing_class=tokenizer)
+    test, trainer.eval_dataset = trainer.eval_dataset["test"], trainer.eval_dataset["validation"]
+    return trainer, test
+
+
+def prepare_run(
+    args: MoETrainingArguments,
+    comparison: ComparisonArguments | None = None,
+    model_args: ModelArguments | None = None,
+) -> None:
+    """Seed every generator, and refuse what cannot be before anything is loaded: a folder where training cannot start or go
+    on, a launch, and, of a comparison, which gives its model too, the control.
+    """
     final = Path(args.output_dir) / FINAL_FOLDER
-    if final.exists():
-        raise MoEError(f"{str(final)!r} exists: a run was finished there. Choose another output_dir, or remove it.")
     resume = resume_choice(args)
-    if not resume:
+    if comparison is not None and comparison.control is not None:
+        if isinstance(resume, str):
+            raise MoEError(
+                "A comparison finds its checkpoints by itself: leave resume_from_checkpoint out, or 'auto'."
+            )
+        check_folder(args.output_dir, final)
+        control_arm(model_args, comparison, args)
+    elif final.exists():
+        raise MoEError(f"{str(final)!r} exists: a run was finished there. Choose another output_dir, or remove it.")
+    elif not resume:
         choose_checkpoint(args.output_dir, None)
     set_seed(args.seed)
     check_launch(args.world_size)

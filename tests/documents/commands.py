@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from moe_hf.cli import app
 from moe_hf.trainer import arguments
 from moe_hf.trainer.arguments import MoEArgumentParser
+from moe_hf.trainer.comparison import ComparisonArguments
 from tests.documents.blocks import ROOT
 
 
@@ -112,7 +113,13 @@ def inline_complaints(text: str) -> Iterator[str]:
 
 
 def _program_options() -> set[str]:
-    kinds = (arguments.FinetuneArguments, arguments.ModelArguments, arguments.DataArguments, arguments.ConfigArguments)
+    kinds = (
+        ComparisonArguments,
+        arguments.FinetuneArguments,
+        arguments.ModelArguments,
+        arguments.DataArguments,
+        arguments.ConfigArguments,
+    )
     return {"--config", *(f"--{field.name}" for kind in kinds for field in dataclasses.fields(kind))}
 
 

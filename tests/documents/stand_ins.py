@@ -35,10 +35,11 @@ SIZES = {"vocab_size": 270, "max_position_embeddings": 512, "eos_token_id": 0, "
 @cache
 def corpus() -> Dataset:
     """A few short documents of both domains, in the place of CPython's library."""
-    code = (ROOT / "moe_hf" / "data.py").read_text()
-    prose = (ROOT / "LICENSE").read_text()
+    code = "".join((ROOT / "moe_hf" / name).read_text() for name in ("data.py", "inspection.py"))
+    prose = (ROOT / "ARCHITECTURE.md").read_text()
+    # So many that recipes hold out two of each domain.
     pieces = [
-        (name, text[i * 900 : (i + 1) * 900]) for name, text in (("code", code), ("prose", prose)) for i in range(6)
+        (name, text[i * 900 : (i + 1) * 900]) for name, text in (("code", code), ("prose", prose)) for i in range(24)
     ]
     return Dataset.from_dict(
         {

@@ -229,10 +229,10 @@ def test_commands_score_and_select(tmp_path):
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
     scoring = ("score-experts", tmp_path / "moe", "--data", tmp_path / "text.txt", "--block-size", 16)
-    done = run(*scoring, "--max-tokens", 64, "--output", tmp_path / "scores.json")
+    done = run(*scoring, "--max-tokens", 50, "--output", tmp_path / "scores.json")
     assert done.exit_code == 0, done.output
     scores = ExpertScores.load(tmp_path / "scores.json")
-    assert len(scores.layers) == 3 and scores.num_tokens == 64 and scores.model == str(tmp_path / "moe")
+    assert len(scores.layers) == 3 and scores.num_tokens == 50 and scores.model == str(tmp_path / "moe")
     printed = run("select-experts", tmp_path / "scores.json", "--top-p", 0.3)
     assert json.loads(printed.output) == select_experts(scores, top_p=0.3).to_dict()
     written = run("select-experts", tmp_path / "scores.json", "--budget", 2, "--output", tmp_path / "selection.json")

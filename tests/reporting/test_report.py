@@ -132,11 +132,11 @@ def run(*arguments):
 
 
 def test_the_command_writes_a_report_of_each_domain_and_prints_the_layers(folders, tmp_path):
-    options = ("--data", folders / "text", "--max-tokens", 64, "--block-size", 16, "--origin", folders / "dense")
+    options = ("--data", folders / "text", "--max-tokens", 50, "--block-size", 16, "--origin", folders / "dense")
     done = run(folders / "moe", *options, "--against", folders / "moe", "--output", tmp_path / "out")
     assert done.exit_code == 0, done.output
     content = json.loads((tmp_path / "out" / "routing.json").read_text())
-    assert content["groups"]["domain"] == ["first", "second"] and content["summary"]["tokens"] == 64
+    assert content["groups"]["domain"] == ["first", "second"] and content["summary"]["tokens"] == 50
     assert content["summary"]["largest drift"] == 0 and content["summary"]["overlap with the other checkpoint"] == 1
     assert (content["model"], content["against"], content["origin"]) == ("moe", "moe", "dense")
     assert str(folders) not in (tmp_path / "out" / "report.html").read_text()
@@ -144,7 +144,7 @@ def test_the_command_writes_a_report_of_each_domain_and_prints_the_layers(folder
     again = run(folders / "moe", *options, "--output", tmp_path / "out")
     assert again.exit_code == 2 and "exists" in again.stderr
     printed = run(folders / "moe", *options, "--domain", "first", "--json")
-    assert json.loads(printed.stdout)["tokens"] == 64
+    assert json.loads(printed.stdout)["tokens"] == 50
 
 
 @pytest.mark.parametrize(

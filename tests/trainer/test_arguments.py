@@ -15,6 +15,7 @@ from moe_hf.trainer.arguments import (
     MoETrainingArguments,
     find_recipe,
 )
+from moe_hf.trainer.comparison import ComparisonArguments
 
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
@@ -37,7 +38,9 @@ OF_THESE_PROGRAMS = [
 @pytest.mark.parametrize("path", OF_THESE_PROGRAMS, ids=lambda path: path.stem)
 def test_every_shipped_recipe_parses(path, tmp_path):
     classes = PRETRAIN if path.stem.startswith("pretrain") else FINETUNE
-    first, data, training = MoEArgumentParser(classes).parse(["--config", str(path), "--output_dir", str(tmp_path)])
+    classes = classes if path.stem.startswith("pretrain") else (*classes, ComparisonArguments)
+    argv = ["--config", str(path), "--output_dir", str(tmp_path)]
+    first, data, training, *_ = MoEArgumentParser(classes).parse(argv)
     assert data.dataset.startswith("builtin") and training.max_steps > 0 and training.learning_rate > 0
     assert training.scope in ("moe", "all", "expert_lora", None)
     assert (training.scope is None) == path.stem.startswith("pretrain")

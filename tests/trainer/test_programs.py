@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from moe_hf import MoEError
@@ -116,6 +117,17 @@ def test_mistake_is_one_clear_error_and_writes_nothing(program, argv, message, p
     assert not output.exists()
 
 
+def test_launcher_of_several_processes_is_told_the_sentence(tmp_path, monkeypatch):
+    def main():
+        raise MoEError("This cannot be.")
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit):
+        run_program(main)
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert failure.message == "Error: This cannot be."
+
+
 @pytest.fixture(scope="module")
 def dense(pretrained, tmp_path_factory) -> Path:
     """A dense model with the tokenizer of the pretrained MoE."""
@@ -132,7 +144,7 @@ def dense(pretrained, tmp_path_factory) -> Path:
 def test_finetuning_and_its_control_take_a_layout(layout, pretrained, dense, text, tmp_path):
     common = [
         "--config=finetune_moe", f"--model={pretrained / 'final'}", f"--control={dense}", f"--dataset={text}",
-        "--balance_loss_scope=global_batch", *QUICK,
+        "--balance_loss_scope=global_batch", "--sweep=2", *QUICK,
     ]  # fmt: skip
     output = launch(
         [
@@ -150,13 +162,15 @@ def test_finetuning_and_its_control_take_a_layout(layout, pretrained, dense, tex
     rows = 4 if "tp" in layout else 8
     run("finetune", f"--output_dir={tmp_path / 'one'}", *common, f"--per_device_train_batch_size={rows}")
     two, one = (json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("out", "one"))
-    assert two.keys() == one.keys() == {"this model", "control"}
-    for model, metrics in one.items():
-        # `loss` is a mean over batches, which processes cut in other places.
-        expected = {
-            name: value for name, value in metrics.items() if not name.endswith(("letters_loss", "numbers_loss"))
-        }
-        assert {name: two[model][name] for name in expected} == pytest.approx(expected, rel=2e-4)
+    for model in ("this model", "control"):
+        assert two[model]["learning_rate"] == one[model]["learning_rate"]
+        assert two[model]["sweep"] == pytest.approx(one[model]["sweep"], rel=2e-4)
+        for fact in ("training_tokens", "training_flops", "total_parameters", "active_parameters"):
+            assert two[model][fact] == one[model][fact], (model, fact)
+        for when in ("before", "after"):
+            # `loss` is a mean over batches, which processes cut in other places.
+            expected = {name: value for name, value in one[model][when].items() if name.endswith("token_loss")}
+            assert {name: two[model][when][name] for name in expected} == pytest.approx(expected, rel=2e-4)
     start, *ends = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict()
         for folder in (dense, *(tmp_path / name / "control" / "final" for name in ("out", "one")))
@@ -185,7 +199,12 @@ def test_control_that_cannot_be_is_refused_before_training(scope, message, pretr
 def test_control_of_chosen_experts_trains_its_mlps_at_the_rate_of_experts(pretrained, dense, text, tmp_path):
     (tmp_path / "selection.json").write_text('{"experts": {"0": [1]}}')
     argv = [f"--model={pretrained / 'final'}", f"--control={dense}", f"--dataset={text}", *QUICK]
-    argv += ["--scope=selected", f"--expert_selection={tmp_path / 'selection.json'}", "--skip_idle_experts=false"]
+    argv += [
+        "--scope=selected",
+        f"--expert_selection={tmp_path / 'selection.json'}",
+        "--skip_idle_experts=false",
+        "--sweep=0",
+    ]
     run("finetune", "--config=finetune_moe", f"--output_dir={tmp_path}", *argv, "--expert_learning_rate=0")
     before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (dense, tmp_path / "control" / "final"))
     changed = [n for n, t in before.state_dict().items() if not torch.equal(t, after.state_dict()[n])]

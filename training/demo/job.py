@@ -36,6 +36,7 @@ from moe_hf.data import builtin_corpus, corpus_fingerprint, split_by_document, t
 from moe_hf.errors import MoEError
 from moe_hf.finetuning import apply_scope
 from moe_hf.hub import save_model
+from moe_hf.inspection import forward_flops
 from moe_hf.reporting.report import write_report
 from moe_hf.reporting.routing_statistics import routing_statistics
 
@@ -48,7 +49,6 @@ from .steps import (
     can_pack,
     count_parameters,
     evaluate,
-    forward_flops,
     limit_code,
     reload_and_sample,
     save_probe,

@@ -39,19 +39,6 @@ print(json.dumps({"class": type(model).__name__, "max_abs_error": difference, "s
 """
 
 
-def forward_flops(model: PreTrainedModel, block_size: int) -> float:
-    """FLOPs of one token's forward pass: 2 per weight it meets in a matrix product, and attention over a block."""
-    config = model.config.get_text_config()
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    weights = head.numel()
-    for parameter in model.parameters():
-        if parameter.ndim < 2 or parameter is embedding or parameter is head:
-            continue
-        share = config.num_experts_per_tok / config.num_experts if parameter.ndim == 3 else 1
-        weights += share * parameter.numel()
-    return 2 * weights + 4 * config.num_hidden_layers * block_size * config.hidden_size
-
-
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     """Parameters in total and outside the token embeddings."""
     total = sum(parameter.numel() for parameter in model.parameters())
