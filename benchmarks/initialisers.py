@@ -62,9 +62,11 @@ ARMS = {
 class InitialiserStudy(Study):
     """The study of initialisers."""
 
+    table = ARMS
+
     def title(self, name: str) -> str:
         """An arm's title."""
-        return ARMS[name].title
+        return self.table[name].title
 
     def model(self, arm: Arm, seed: int) -> PreTrainedModel:
         """An arm's model at its first step."""
@@ -83,7 +85,7 @@ class InitialiserStudy(Study):
 
     def run_arm(self, name: str, parent: dict[str, Any], seed: int) -> dict[str, Any]:
         """Train one arm of one seed."""
-        settings, arm = self.settings, ARMS[name]
+        settings, arm = self.settings, self.table[name]
 
         def build(folder: Path) -> dict[str, Any]:
             model = self.model(arm, seed)

@@ -50,6 +50,8 @@ def markdown_table(results: dict[str, Any]) -> str:
         cells += [value_text(place) for place in places]
         lines.append(f"| {arm['title']} | " + " | ".join(cells) + " |")
     controls = [name for name in CONTROLS if name in arms]
+    if not controls:
+        return "\n".join(lines) + "\n"
     lines += [
         "",
         "Difference at the end, within each seed: mean (standard deviation) [95% interval of the mean, Student's t].",

@@ -115,8 +115,6 @@ def builtin_corpus() -> Dataset:
 
     Licence: PSF. The files differ between Python versions; `corpus_fingerprint` tells two corpora apart.
     """
-    from pydoc_data.topics import topics
-
     library = Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for path in sorted(library.rglob("*.py")):
@@ -125,8 +123,18 @@ def builtin_corpus() -> Dataset:
             continue
         with contextlib.suppress(UnicodeDecodeError):  # a few library modules declare another encoding
             documents.append({"text": path.read_text("utf-8"), "domain": "code", "document": name.as_posix()})
-    documents += [{"text": text, "domain": "prose", "document": name} for name, text in sorted(topics.items())]
-    return _from_documents([document for document in documents if document["text"].strip()])
+    return _from_documents([document for document in documents + _builtin_prose() if document["text"].strip()])
+
+
+def builtin_prose() -> Dataset:
+    """Return the `prose` of `builtin_corpus` alone, which is there at once."""
+    return _from_documents(_builtin_prose())
+
+
+def _builtin_prose() -> list[dict[str, str]]:
+    from pydoc_data.topics import topics
+
+    return [{"text": text, "domain": "prose", "document": name} for name, text in sorted(topics.items())]
 
 
 def corpus_fingerprint(dataset: Dataset) -> str:

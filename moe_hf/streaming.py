@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from moe_hf.upcycling.on_disk.partial_folder import PartialFolder
 from moe_hf.upcycling.on_disk.weight_stream import WeightStream
 from moe_hf.upcycling.prepare import prepare
 from moe_hf.upcycling.router_init import RouterInit
-from moe_hf.upcycling.upcycle import check_result, source_facts, tokens_to_check
+from moe_hf.upcycling.sample_text import SampleText, sample_text
+from moe_hf.upcycling.upcycle import check_result, source_facts
 from moe_hf.weight_writer import FileLayout, FileWriter, file_layouts, write_index
 
 
@@ -51,6 +53,7 @@ def upcycle_checkpoint(
     shared_share: float = 0.5,
     seed: int = 0,
     inputs: torch.Tensor | None = None,
+    data: str | Path | None = None,
     verify_inputs: torch.Tensor | None = None,
     verify: bool = True,
     allow_inexact: bool = False,
@@ -75,8 +78,8 @@ def upcycle_checkpoint(
         init, router_init, noise, shared_share, seed: how the experts and the routers start; see [`upcycle`].
         inputs (`torch.Tensor`, *optional*): token ids (B, S) of the user's data, for methods that look at what the dense
             model does on them.
-        verify_inputs (`torch.Tensor`, *optional*): token ids (B, S) to check on, besides 2 x 64 random ones; the first 2 x 64
-            of `inputs` if not given.
+        data, verify_inputs: text to measure the loss on before and after, and token ids whose logits are compared besides;
+            see [`upcycle`].
         verify (`bool`): run the dense and the MoE checkpoint layer by layer on the same tokens before anything is
             published; the figures go into `upcycling.verification` of the config. None is stored without it.
         allow_inexact (`bool`): publish a model that should be the dense one's equal and is not.
@@ -95,6 +98,8 @@ def upcycle_checkpoint(
             result should be exact and is not; `NotStreamableError` when [`upcycle`] can do it and this cannot. Nothing is
             published then.
     """
+    if data is not None and not verify:
+        raise MoEError("data is text for the check, and verify=False leaves that out: leave one of them out.")
     output_dir = Path(output_dir).expanduser()
     _check_destination(source, output_dir)
     arguments = {
@@ -111,7 +116,7 @@ def upcycle_checkpoint(
     }
     with ExitStack() as stack:
         partial = stack.enter_context(PartialFolder(output_dir, restart=restart))
-        job = _Job(stack, source, SourceFolders(partial, source, arguments), inputs, arguments)
+        job = _Job(stack, source, SourceFolders(partial, source, arguments), inputs, data, arguments)
         layouts = file_layouts(job.stream.tensors, max_shard_size)
         facts = job.facts() | {"max_shard_size": max_shard_size}
         partial.begin(facts)
@@ -125,7 +130,7 @@ def upcycle_checkpoint(
             )
         if verify:
             # The figures go into the config and the card, which are written a second time.
-            job.verify(partial, tokens_to_check(verify_inputs, inputs), allow_inexact)
+            job.verify(partial, verify_inputs, allow_inexact)
             job.write_other_files(partial.folder)
         partial.publish()
     return output_dir
@@ -140,6 +145,7 @@ class _Job:
         source: str | os.PathLike,
         sources: SourceFolders,
         inputs: torch.Tensor | None,
+        data: str | Path | None,
         arguments: dict[str, Any],
     ):
         self.sources = sources
@@ -158,14 +164,28 @@ class _Job:
         folder, given = sources.folders[0], sources.given[0]
         self.tokenizer = _tokenizer(folder)
         check_vocabulary(self.moe, self.tokenizer)
+        self.inputs = inputs
+        # Before anything is written, since it may not be there.
+        self.data = None if data is None else sample_text(self.config, lambda: self.tokenizer, data)
         seen = observe(
-            self.method, self.config, lambda: load_layerwise(folder), self.sites, inputs, lambda: self.tokenizer
+            self.method,
+            self.config,
+            lambda: load_layerwise(folder),
+            self.sites,
+            inputs,
+            lambda: self.tokenizer,
+            lambda: self.text,
         )
         # The Hub's cache calls a folder by its commit.
         revision = {"revision": given.name} if given.parent.name == "snapshots" else {}
         recorded = {**source_facts(str(source), quantized_as(given)), **revision, **self.method.to_dict()}
         self.config.upcycling = {**recorded, **seen.facts, "verification": None}
         self.stream = WeightStream(self.dense, ready.sites, self.moe, self.method, seen.layers)
+
+    @cached_property
+    def text(self) -> SampleText | None:
+        """The first of the inputs, or prose."""
+        return sample_text(self.config, lambda: self.tokenizer, inputs=self.inputs)
 
     def fingerprints(self) -> list[dict[str, Any]]:
         """What tells whether the sources are still the same files."""
@@ -222,7 +242,12 @@ class _Job:
             card.save(Path(scratch) / "README.md")
             shutil.copytree(scratch, folder, dirs_exist_ok=True)
 
-    def verify(self, partial: PartialFolder, inputs: torch.Tensor | None, allow_inexact: bool) -> None:
+    def verify(
+        self,
+        partial: PartialFolder,
+        verify_inputs: torch.Tensor | None,
+        allow_inexact: bool,
+    ) -> None:
         """Compare source and result, and record the figures in the configuration."""
         try:
             check_result(
@@ -232,7 +257,8 @@ class _Job:
                 self.moe.dtype,
                 self.method,
                 self.sites,
-                inputs,
+                verify_inputs,
+                self.data or self.text,
                 allow_inexact,
             )
         except MoEError:

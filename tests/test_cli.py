@@ -149,6 +149,51 @@ def test_options_of_initialisers_are_recorded(folders, tmp_path):
     assert recorded["verification"]["relative_error"] <= 1e-5
 
 
+def test_upcycle_and_verify_print_the_loss_before_and_after(folders, tmp_path):
+    dense, moe, _ = folders
+    said = run("verify", dense, moe)
+    assert (
+        said.exit_code == 0 and "loss on text: " in said.stdout and "the language reference of Python" in said.stdout
+    )
+    (tmp_path / "mine.txt").write_text("one two three " * 300)
+    said = run("upcycle", dense, tmp_path / "out", "--num-experts", 2, "--data", tmp_path / "mine.txt")
+    assert said.exit_code == 0 and "(mine.txt, " in said.stdout
+    check = json.loads((tmp_path / "out" / "config.json").read_text())["upcycling"]["verification"]
+    assert f"{check['loss_before']:.3f} before, {check['loss_after']:.3f} after" in said.stdout
+    printed = json.loads(run("verify", dense, moe, "--data", tmp_path / "mine.txt", "--json").stdout)
+    assert printed["loss_before"] == printed["loss_after"] == check["loss_before"]
+
+
+def test_data_that_is_not_there_is_refused_before_anything_is_written(folders, tmp_path):
+    missing = ("--data", tmp_path / "none.txt")
+    assert "No file or folder" in error_of(run("upcycle", folders[0], tmp_path / "out", *missing))
+    assert "No file or folder" in error_of(run("verify", *folders[:2], *missing))
+    (tmp_path / "mine.txt").write_text("one two three " * 300)
+    options = ("--data", tmp_path / "mine.txt", "--no-verify")
+    assert "leaves that out" in error_of(run("upcycle", folders[0], tmp_path / "out", *options))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_ruined_model_is_a_red_line(folders, tmp_path):
+    """Of a model that knows one sentence, under much noise."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folders[0]), AutoTokenizer.from_pretrained(folders[0])
+    ids = torch.tensor([tokenizer("one two three " * 20)["input_ids"][:80]])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(40):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "mine.txt").write_text("one two three " * 300)
+    options = ("--num-experts", 4, "--data", tmp_path / "mine.txt")
+    good = run("upcycle", tmp_path / "dense", tmp_path / "good", *options)
+    bad = run("upcycle", tmp_path / "dense", tmp_path / "bad", *options, "--noise", 3)
+    assert good.exit_code == bad.exit_code == 0, bad.output
+    assert "The loss on text rose" not in good.output
+    assert "WARNING: The loss on text rose from" in bad.stderr and "noise=3 hides the weights" in bad.stderr
+
+
 def test_help_names_every_initialiser():
     output = run("upcycle", "--help").output
     assert all(name in output for name in (*INITIALISERS, *ROUTER_INITS))

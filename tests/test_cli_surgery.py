@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moe_hf.cli import app
+from moe_hf.data import builtin_prose, train_tokenizer
 from moe_hf.upcycling.verification import relative_error
 from tests.closeness import bitwise, close
 from tests.tiny_models import random_ids, tiny_dense
@@ -104,3 +105,19 @@ def test_mistakes_are_one_message_and_write_nothing(arguments, message, folders,
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split()) and "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_surgery_prints_the_loss_before_and_after(folders, tmp_path):
+    """Without a tokenizer it says that there is none."""
+    said = run("remove-experts", folders[1], tmp_path / "less", "--expert", 1)
+    assert said.exit_code == 0 and "loss on text: not measured, since there is no tokenizer" in said.output
+    tokenizer = train_tokenizer(builtin_prose().select(range(4)), 300)
+    tiny_dense("llama", vocab_size=300).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "mine.txt").write_text("one two three " * 300)
+    assert run("upcycle", tmp_path / "dense", tmp_path / "moe", "--num-experts", 4).exit_code == 0
+    for command, *options in (["grow-experts"], ["remove-experts", "--expert", 1], ["to-dense"]):
+        said = run(command, tmp_path / "moe", tmp_path / command, *options, "--data", tmp_path / "mine.txt")
+        assert said.exit_code == 0, said.output
+        before, after = re.search(r"loss on text: (\S+) before, (\S+) after.*\(mine.txt, ", said.output).groups()
+        assert float(before) == pytest.approx(float(after), abs=2e-3)

@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="TEXT",
+        help="Text to measure the loss on, before and after: a file, a folder or a dataset of the Hub; prose of Python's "
+        "documentation if not given.",
+    ),
+]
 USER_ERROR = 2
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 app = typer.Typer(
@@ -126,6 +135,15 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerBase | None":
     from moe_hf.dense_sources import find_dense_tokenizer
 
     return find_dense_tokenizer(source)
+
+
+def print_loss(check: dict[str, Any], warnings: list[str]) -> None:
+    """Print what a verification found on text, and in red what is wrong with the model."""
+    from moe_hf.upcycling import VerificationResult
+
+    typer.echo(VerificationResult(**check).loss_text)
+    for message in warnings:
+        typer.secho(f"WARNING: {message}", fg="red", bold=True, err=True)
 
 
 def read_token_ids(data: str, source: str) -> "torch.Tensor":

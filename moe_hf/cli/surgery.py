@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_hf.cli.app import (
+    Data,
     load_model,
     load_tokenizer,
+    print_loss,
     quiet_transformers,
     read_token_ids,
     refuse_existing,
@@ -17,7 +19,9 @@ from moe_hf.cli.printing import count_text
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from moe_hf.upcycling import VerificationResult
 
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="The MoE: a folder or a Hub id.")]
@@ -45,11 +49,12 @@ def grow_experts(
     ] = None,
     allow_inexact: Annotated[bool, typer.Option("--allow-inexact", help="Accept logits that differ.")] = False,
     inputs: Inputs = None,
+    data: Data = None,
     seed: Seed = 0,
 ) -> None:
     """Make a bigger MoE that computes the same: every expert several times, and as many times more per token."""
     arguments = {"noise": noise, "num_experts_per_tok": num_experts_per_tok, "allow_inexact": allow_inexact}
-    _operate("grow_experts", source, destination, inputs, copies=copies, seed=seed, **arguments)
+    _operate("grow_experts", source, destination, inputs, data, copies=copies, seed=seed, **arguments)
 
 
 def add_experts(
@@ -62,13 +67,14 @@ def add_experts(
     router_noise: RouterNoise = 0.0,
     num_experts_per_tok: NumExpertsPerTok = None,
     inputs: Inputs = None,
+    data: Data = None,
     seed: Seed = 0,
 ) -> None:
     """Add experts to each MoE layer, and measure what that changes."""
     arguments = {"router_rows": router_rows, "router_noise": router_noise, "num_experts_per_tok": num_experts_per_tok}
     with user_errors():
         sources = [_expert(text) for text in experts]
-    _operate("add_experts", source, destination, inputs, sources=sources, seed=seed, **arguments)
+    _operate("add_experts", source, destination, inputs, data, sources=sources, seed=seed, **arguments)
 
 
 def remove_experts(
@@ -77,11 +83,12 @@ def remove_experts(
     experts: Annotated[list[int], typer.Option("--expert", help="Id of an expert to remove; repeatable.")],
     num_experts_per_tok: NumExpertsPerTok = None,
     inputs: Inputs = None,
+    data: Data = None,
     seed: Seed = 0,
 ) -> None:
     """Remove experts from each MoE layer, and measure what that changes."""
     arguments = {"num_experts_per_tok": num_experts_per_tok, "seed": seed}
-    _operate("remove_experts", source, destination, inputs, experts=experts, **arguments)
+    _operate("remove_experts", source, destination, inputs, data, experts=experts, **arguments)
 
 
 def replace_experts(
@@ -95,13 +102,14 @@ def replace_experts(
     ] = "kept",
     router_noise: RouterNoise = 0.0,
     inputs: Inputs = None,
+    data: Data = None,
     seed: Seed = 0,
 ) -> None:
     """Put other experts in the places of some in each MoE layer, and measure what that changes."""
     arguments = {"router_rows": router_rows, "router_noise": router_noise, "seed": seed}
     with user_errors():
         sources = dict(_replacement(text) for text in experts)
-    _operate("replace_experts", source, destination, inputs, sources=sources, **arguments)
+    _operate("replace_experts", source, destination, inputs, data, sources=sources, **arguments)
 
 
 def to_dense(
@@ -117,6 +125,7 @@ def to_dense(
             help="Text to measure on how much each expert counts: a file or folder, the name of a Hub dataset, or `builtin`."
         ),
     ] = None,
+    data: Data = None,
     seed: Annotated[int, typer.Option(help="Of the check's tokens.")] = 0,
 ) -> None:
     """Make a dense model of the original family, and measure how far it is from the MoE."""
@@ -129,35 +138,47 @@ def to_dense(
         with quiet_transformers():
             moe = load_model(source)
             dense = make_dense(moe, method, expert=expert, inputs=ids)
-            error = verify(dense, moe, ids, seed=seed).relative_error
-        _save(dense, source, destination, error)
+            tokenizer = load_tokenizer(source)
+            check = verify(moe, dense, ids, data=data, tokenizer=tokenizer, seed=seed)
+        _save(dense, tokenizer, source, destination, check)
 
 
-def _operate(operation: str, source: str, destination: Path, inputs: str | None, **arguments: Any) -> None:
+def _operate(
+    operation: str, source: str, destination: Path, inputs: str | None, data: str | None, **arguments: Any
+) -> None:
     """Run an operation of `upcycling.surgery` on a checkpoint, and save the result."""
     with user_errors():
         refuse_existing(destination)
-        from moe_hf.upcycling import surgery
+        from moe_hf.upcycling import VerificationResult, surgery
 
         ids = None if inputs is None else read_token_ids(inputs, source)
         with quiet_transformers():
-            model = getattr(surgery, operation)(load_model(source), inputs=ids, **arguments)
-        step = model.config.upcycling["surgery"][-1]
-        _save(model, source, destination, step["verification"]["relative_error"])
+            tokenizer, operate = load_tokenizer(source), getattr(surgery, operation)
+            model = operate(load_model(source), inputs=ids, data=data, tokenizer=tokenizer, **arguments)
+        check = VerificationResult(**model.config.upcycling["surgery"][-1]["verification"])
+        _save(model, tokenizer, source, destination, check)
 
 
-def _save(model: "PreTrainedModel", source: str, destination: Path, error: float) -> None:
+def _save(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    source: str,
+    destination: Path,
+    check: "VerificationResult",
+) -> None:
     from moe_hf.hub import save_model
     from moe_hf.inspection import inspect_model
+    from moe_hf.upcycling.surgery.operations import MEND
 
     with quiet_transformers():
-        save_model(model, load_tokenizer(source), destination)
+        save_model(model, tokenizer, destination)
         facts = inspect_model(model)
     typer.echo(f"{source} -> {destination}")
     typer.echo(
         f"parameters: {count_text(facts.total_parameters)} total, {count_text(facts.active_parameters)} active per token"
     )
-    typer.echo(f"the two models' logits differ by {error:.1e} (relative)")
+    typer.echo(f"the two models' logits differ by {check.relative_error:.1e} (relative)")
+    print_loss(check.to_dict(), [f"{check.loss_warning} {MEND}"] if check.loss_warning else [])
 
 
 def _expert(text: str) -> Any:

@@ -10,10 +10,12 @@ import typer
 
 from moe_hf.cli.app import (
     DTYPES,
+    Data,
     load_model,
     load_tokenizer,
     parse_assignments,
     parse_fields,
+    print_loss,
     quiet_transformers,
     read_token_ids,
     refuse_existing,
@@ -88,6 +90,7 @@ def upcycle(
     noise: Noise = 0.0,
     shared_share: SharedShare = 0.5,
     inputs: Inputs = None,
+    data: Data = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     allow_inexact: AllowInexact = False,
@@ -127,6 +130,7 @@ def upcycle(
         chosen |= {
             "allow_inexact": allow_inexact,
             "inputs": None if inputs is None else read_token_ids(inputs, source),
+            "data": data,
         }
         if dtype != "auto" or not _stream(source, destination, chosen, not no_verify, max_shard_size, restart):
             streamed_only = dtype != "auto" and (no_verify or restart)
@@ -207,8 +211,9 @@ def _in_memory(
     # With all its parts, of which loading a causal language model may leave some out.
     check_dense_config(read_dense_config(source), source)
     with quiet_transformers():
-        moe = upcycle_model(load_model(source, dtype), **arguments)
-        save_model(moe, load_tokenizer(source), destination, max_shard_size=max_shard_size)
+        tokenizer = load_tokenizer(source)
+        moe = upcycle_model(load_model(source, dtype), tokenizer=tokenizer, **arguments)
+        save_model(moe, tokenizer, destination, max_shard_size=max_shard_size)
 
 
 @contextmanager
@@ -249,6 +254,7 @@ def _print_result(source: str, destination: Path, as_json: bool) -> None:
         typer.echo("logits were not compared with the dense model's: moe-hf verify does that")
     else:
         typer.echo(f"logits differ from the dense model's by {check['relative_error']:.1e} (relative)")
+        print_loss(check, facts.upcycling.get("warnings", []))
     if not (destination / "tokenizer_config.json").is_file():
         typer.echo(f"no tokenizer was found in {source}: none was saved", err=True)
 

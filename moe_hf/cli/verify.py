@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_hf.cli.app import load_model, quiet_transformers, user_errors
+from moe_hf.cli.app import Data, load_model, print_loss, quiet_transformers, user_errors
 
 
 if TYPE_CHECKING:
@@ -18,16 +18,19 @@ if TYPE_CHECKING:
 def verify(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The dense model: a folder, a GGUF file or a Hub id.")],
     moe: Annotated[str, typer.Argument(metavar="MOE", help="The MoE made from it: a folder or a Hub id.")],
-    seed: Annotated[int, typer.Option(help="Of the tokens.")] = 0,
+    data: Data = None,
+    seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare the logits of a dense model and of its MoE on the same tokens; exit code 1 when they differ."""
+    """Compare the logits and the loss of a dense model and of its MoE on the same tokens; exit code 1 when logits differ."""
     with user_errors():
         from moe_hf.upcycling import verify as verify_models
 
         with quiet_transformers():
-            result = verify_models(_folder_or_model(source), _folder_or_model(moe), seed=seed)
+            result = verify_models(_folder_or_model(source), _folder_or_model(moe), data=data, seed=seed)
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else _verification_text(result))
+    if not as_json:
+        print_loss(result.to_dict(), [result.loss_warning] if result.loss_warning else [])
     if not result.exact:
         raise typer.Exit(1)
 

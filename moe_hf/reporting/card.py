@@ -181,9 +181,21 @@ def _upcycling_rows(upcycling: dict[str, Any], revision: str | None) -> dict[str
     if "relative_error" in check:
         tokens = f", on {check['num_tokens']} tokens" if "num_tokens" in check else ""
         rows["logits against the dense model"] = f"{check['relative_error']:.1e} relative, in float32{tokens}"
+    if check.get("loss_before") is not None:
+        rows["loss on text as upcycled"] = (
+            f"{check['loss_after']:.3f} nats/token, the dense model {check['loss_before']:.3f} ({check['text']}, "
+            f"{check['text_tokens']} tokens)"
+        )
     if "surgery" in upcycling:
-        rows["then"] = ", ".join(step["operation"] for step in upcycling["surgery"])
+        rows["then"] = ", ".join(map(_surgery_text, upcycling["surgery"]))
     return {name: value for name, value in rows.items() if value is not None}
+
+
+def _surgery_text(step: dict[str, Any]) -> str:
+    check = step.get("verification") or {}
+    if check.get("loss_before") is None:
+        return step["operation"]
+    return f"{step['operation']} (loss on text {check['loss_before']:.3f} before, {check['loss_after']:.3f} after)"
 
 
 def _gibibytes(num_bytes: int) -> str:

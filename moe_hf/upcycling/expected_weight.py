@@ -19,6 +19,7 @@ from moe_hf.modeling.router import Router
 from moe_hf.modeling.routing_ids import open_experts, spread_ids
 from moe_hf.modeling.routing_pass import RoutingPass, routing_pass
 from moe_hf.upcycling.recipes import random_generator
+from moe_hf.upcycling.sample_text import SampleText
 
 
 # Of the tokens that the mean is taken over, which leaves it an error of about a hundredth.
@@ -27,10 +28,14 @@ NUM_SEQUENCES, SEQUENCE_LENGTH = 8, 64
 EQUAL = 1e-9
 
 
-def tokens_to_weigh(config: PreTrainedConfig, inputs: torch.Tensor | None, seed: int) -> torch.Tensor:
-    """Token ids (B, S) to run the dense model on: the first of the user's, or else seeded random ones."""
+def tokens_to_weigh(
+    config: PreTrainedConfig, inputs: torch.Tensor | None, text: SampleText | None, seed: int
+) -> torch.Tensor:
+    """Token ids (B, S) to run the dense model on: the first of the user's, or else text, or else seeded random ones."""
     if inputs is not None:
         return inputs[:NUM_SEQUENCES, :SEQUENCE_LENGTH]
+    if text is not None:
+        return text.input_ids
     length = min(SEQUENCE_LENGTH, getattr(config, "max_position_embeddings", None) or SEQUENCE_LENGTH)
     generator = random_generator(seed, "tokens to weigh")
     return torch.randint(0, config.vocab_size, (NUM_SEQUENCES, length), generator=generator)

@@ -127,6 +127,18 @@ class UpcyclingMethod:
             )
             raise MoEError(f"shared_share is {self.shared_share}, and {reason}: leave shared_share out.")
 
+    def cost_at_start(self, config: MoEConfig, why_inexact: str | None) -> str:
+        """Why the MoE starts worse than the dense model, and what to do about it; `why_inexact` is what that says."""
+        reasons = [self.init.cost_at_start(config)]
+        if self.noise:
+            reasons.append(
+                f"noise={self.noise:g} hides the weights of each expert under noise of {self.noise:g} standard deviations: "
+                "use less, such as 0.05, or none."
+            )
+        if why_inexact:
+            reasons.append(f"{why_inexact[0].upper()}{why_inexact[1:]}.")
+        return " ".join(filter(None, reasons)) or "Look at the first layer that differs, which the verification names."
+
     def settled(self, config: MoEConfig) -> "UpcyclingMethod":
         """With options that were left to the configuration written out, for the metadata."""
         return replace(self, init=self.init.settled(config))

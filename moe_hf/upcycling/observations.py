@@ -17,6 +17,7 @@ from moe_hf.modeling.dense_mlp import MLPSite
 from moe_hf.upcycling.expected_weight import expected_weight, router_of, tokens_to_weigh
 from moe_hf.upcycling.method import LayerStates, UpcyclingMethod
 from moe_hf.upcycling.router_init.hidden_states import check_token_ids, collect_hidden_states, collect_prompt_states
+from moe_hf.upcycling.sample_text import GIVEN_IDS, SampleText
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ def observe(
     sites: Sequence[MLPSite],
     inputs: torch.Tensor | None = None,
     tokenizer: Callable[[], PreTrainedTokenizerBase | None] = lambda: None,
+    text: Callable[[], SampleText | None] = lambda: None,
 ) -> Observations:
     """Run the dense model on what `method` looks at; nothing is loaded or run when that is nothing.
 
@@ -44,6 +46,7 @@ def observe(
         sites (`Sequence[MLPSite]`): the MLPs that become experts.
         inputs (`torch.Tensor`, *optional*): token ids of the user's data, (B, S), without padding.
         tokenizer (`Callable`): gives the dense model's tokenizer, for prompts.
+        text (`Callable`): gives a text, for what the routers' weights sum to where there are no `inputs`.
 
     Raises:
         MoEError: what the method looks at is missing, or is no token ids.
@@ -71,12 +74,13 @@ def observe(
         index: LayerStates(tokens=tokens.get(index), prompts=tuple(texts.get(index, ())))
         for index in tokens.keys() | texts.keys()
     }
-    weights = _expected_weights(method, config, model, sites, inputs, layers)
+    weights, words = _expected_weights(method, config, model, sites, inputs, text, layers)
     if any(weight != config.routed_scaling_factor for weight in weights.values()):
         layers = {
             index: replace(layers.get(index, LayerStates()), expected_weight=weights[index]) for index in weights
         }
         facts["expected_weight"] = [weights.get(index) for index in range(config.num_hidden_layers)]
+        facts["expected_weight_text"] = words
         if inputs is not None:
             facts |= _facts_of(inputs)
     return Observations(layers=layers, facts=facts)
@@ -88,21 +92,22 @@ def _expected_weights(
     model: Callable[[], PreTrainedModel],
     sites: Sequence[MLPSite],
     inputs: torch.Tensor | None,
+    text: Callable[[], SampleText | None],
     layers: Mapping[int, LayerStates],
-) -> dict[int, float]:
-    """By layer, the mean sum of a token's weights at the start; the dense model runs where it is not the same for all."""
+) -> tuple[dict[int, float], str | None]:
+    """By layer, the mean sum of a token's weights at the start; and on which text the dense model ran, where it had to."""
     weights = {site.layer_index: method.constant_weight(config, site) for site in sites}
     unknown = [site for site in sites if weights[site.layer_index] is None]
     if not unknown:
-        return weights
-    dense = model()
-    ids = tokens_to_weigh(dense.config, inputs, method.seed)
+        return weights, None
+    dense, sample = model(), text() if inputs is None else None
+    ids = tokens_to_weigh(dense.config, inputs, sample, method.seed)
     states = collect_hidden_states(dense, ids)
     for site in unknown:
         router, index = router_of(config, site), site.layer_index
         tensors = method.router_tensors(router, site, config, layers.get(index))
         weights[index], _ = expected_weight(router, tensors, states[index].view(*ids.shape, -1))
-    return weights
+    return weights, sample.name if sample else GIVEN_IDS if inputs is not None else "random token ids"
 
 
 def _facts_of(inputs: torch.Tensor) -> dict[str, Any]:

@@ -32,7 +32,8 @@ Source = PreTrainedModel | str | os.PathLike
 # Arguments of `upcycle` that are no fields of a configuration.
 # fmt: off
 ARGUMENTS = {
-    "preset", "init", "router_init", "noise", "shared_share", "seed", "inputs", "tokenizer", "verify_inputs", "allow_inexact",
+    "preset", "init", "router_init", "noise", "shared_share", "seed", "inputs", "tokenizer", "data", "verify_inputs",
+    "allow_inexact",
 }
 # What a MoE may have otherwise than its dense model: labels, what a forward pass returns, what computes the experts.
 FREE = {

@@ -43,6 +43,7 @@ class RoutingProbe:
         entropy: of each layer, the mean entropy of the scores in parts of ln E.
         tokens_per_expert: of each layer, (E,) int64; a token counts for each of its K experts.
         closed: of each layer, the experts that `expert_groups` closed to all of these tokens.
+        is_text: whether the tokens are those of a text; random ones reach other experts than any text does.
     """
 
     num_tokens: int
@@ -51,6 +52,7 @@ class RoutingProbe:
     entropy: tuple[float, ...]
     tokens_per_expert: tuple[torch.Tensor, ...]
     closed: tuple[frozenset[int], ...]
+    is_text: bool = True
 
     @property
     def saturated(self) -> tuple[str, ...]:
@@ -69,9 +71,14 @@ class RoutingProbe:
         return chance < CHANCE_OF_A_MISS
 
     @property
+    def can_tell_unreached(self) -> bool:
+        """Whether an expert without tokens says something about the router: on text, and enough of it."""
+        return self.is_text and self.is_large_enough
+
+    @property
     def never_reached(self) -> dict[str, list[int]]:
-        """By layer, the experts that no token chose of those that it could; empty when the tokens are too few to tell."""
-        if not self.is_large_enough:
+        """By layer, the experts that no token chose of those that it could; empty where that says nothing of a text."""
+        if not self.can_tell_unreached:
             return {}
         layers = zip(self.layers, self.tokens_per_expert, self.closed, strict=True)
         missed = {name: sorted(set(torch.where(row == 0)[0].tolist()) - closed) for name, row, closed in layers}
@@ -109,15 +116,20 @@ class RoutingProbe:
             "num_tokens": self.num_tokens,
             "top_1_probability": [round(value, 4) for value in self.top_1_probability],
             "entropy": [round(value, 4) for value in self.entropy],
-            "can_tell_unreached": self.is_large_enough,
+            "can_tell_unreached": self.can_tell_unreached,
             "never_reached": self.never_reached,
         }
 
 
 class RoutingRecorder:
-    """Sums up what routers answer while a model runs: `with recorder.watch(model): model(...)`, then `result()`."""
+    """Sums up what routers answer while a model runs: `with recorder.watch(model): model(...)`, then `result()`.
 
-    def __init__(self):
+    Args:
+        is_text (`bool`): whether it runs on text.
+    """
+
+    def __init__(self, *, is_text: bool = True):
+        self.is_text = is_text
         self.layers: dict[str, _LayerSums] = {}
 
     @contextmanager
@@ -158,6 +170,7 @@ class RoutingRecorder:
             entropy=tuple(layer.entropy / layer.num_tokens for layer in layers),
             tokens_per_expert=tuple(layer.tokens_per_expert for layer in layers),
             closed=tuple(frozenset(torch.where(layer.closed)[0].tolist()) for layer in layers),
+            is_text=self.is_text,
         )
 
 

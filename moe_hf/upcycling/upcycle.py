@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,7 +16,6 @@ from transformers.utils import logging
 
 from moe_hf.dense_sources import (
     load_dense,
-    load_dense_tokenizer,
     plain_model,
     quantized_as,
     read_dense_config,
@@ -33,14 +33,9 @@ from moe_hf.upcycling.observations import observe
 from moe_hf.upcycling.prepare import prepare
 from moe_hf.upcycling.probe import RoutingRecorder
 from moe_hf.upcycling.router_init import RouterInit
+from moe_hf.upcycling.sample_text import SampleText, sample_text, tokenizer_of
 from moe_hf.upcycling.sources import check_all_loaded, check_dense_config, check_dense_model, check_dense_weights
-from moe_hf.upcycling.verification import (
-    EXACT_TOLERANCE,
-    NUM_SEQUENCES,
-    SEQUENCE_LENGTH,
-    VerificationResult,
-    verify,
-)
+from moe_hf.upcycling.verification import EXACT_TOLERANCE, VerificationResult, compare
 
 
 logger = logging.get_logger(__name__)
@@ -59,6 +54,7 @@ def upcycle(
     seed: int = 0,
     inputs: torch.Tensor | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    data: str | Path | None = None,
     verify_inputs: torch.Tensor | None = None,
     allow_inexact: bool = False,
     **config_fields,
@@ -84,16 +80,20 @@ def upcycle(
         seed (`int`): of all random numbers, and of the tokens of the check.
         inputs (`torch.Tensor`, *optional*): token ids (B, S) of the user's data, without padding, for methods that look
             at what the dense model does on them; their sha256 is recorded.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): for methods with prompts; the source's own when it has one.
-        verify_inputs (`torch.Tensor`, *optional*): token ids (B, S) to check on, besides 2 x 64 random ones; the first 2 x 64
-            of `inputs` if not given.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): for methods with prompts, and for text; the source's own when it
+            has one.
+        data (`str` or `Path`, *optional*): text to measure the loss on before and after: a file, a folder, or a dataset of
+            the Hub, of which 4 x 256 tokens or so are taken. `inputs` if not given, or else prose that every Python
+            carries; no loss is measured where there is neither a tokenizer nor token ids.
+        verify_inputs (`torch.Tensor`, *optional*): token ids (B, S) whose logits are compared, besides 2 x 64 random ones
+            and 2 x 64 of the text.
         allow_inexact (`bool`): accept a model that is not the dense one's equal; the measured error is told and stored.
         **config_fields: further fields of [`MoEConfig`], and ids of special tokens. Other dense fields are the dense model's.
 
     Returns:
         `MoEForCausalLM` in the dense model's dtype, on its device, in evaluation mode;
-        `model.config.upcycling` records the source, the method, the measured error and what the
-        routers do on the same tokens.
+        `model.config.upcycling` records the source, the method, the measured error, the loss on text before and after, and
+        what the routers do on that text.
 
     Raises:
         MoEError: for a source that is no dense decoder, a name that is no field, a field that is the dense model's, or a
@@ -120,7 +120,18 @@ def upcycle(
     )
     method, config, models, sites = ready.method, ready.config, ready.models, ready.sites
     model = models[0]
-    seen = observe(method, config, lambda: model, sites[0], inputs, lambda: tokenizer or _tokenizer(dense))
+
+    @cache
+    def find_tokenizer() -> PreTrainedTokenizerBase | None:
+        return tokenizer or tokenizer_of(dense)
+
+    @cache
+    def text() -> SampleText | None:
+        return sample_text(model.config, find_tokenizer, inputs=inputs)
+
+    # Before the work begins, since data may not be there.
+    checked = text() if data is None else sample_text(model.config, find_tokenizer, data)
+    seen = observe(method, config, lambda: model, sites[0], inputs, find_tokenizer, text)
     moe = MoEForCausalLM._from_config(config).to(model.device).eval()
     averaged = method.init.averaged(config)
     copy_other_weights(
@@ -135,9 +146,7 @@ def upcycle(
         **method.to_dict(),
         **seen.facts,
     }
-    check_result(
-        model, moe, config, moe.dtype, method, sites[0], tokens_to_check(verify_inputs, inputs), allow_inexact
-    )
+    check_result(model, moe, config, moe.dtype, method, sites[0], verify_inputs, checked, allow_inexact)
     return moe
 
 
@@ -152,13 +161,6 @@ def revision_of(config: PreTrainedConfig) -> dict[str, str]:
     return {"revision": commit} if commit else {}
 
 
-def tokens_to_check(verify_inputs: torch.Tensor | None, inputs: torch.Tensor | None) -> torch.Tensor | None:
-    """What the user gave to check on, or else the first of the user's data, so that routers see real text too."""
-    if verify_inputs is None and inputs is not None:
-        return inputs[:NUM_SEQUENCES, :SEQUENCE_LENGTH]
-    return verify_inputs
-
-
 def check_result(
     dense: PreTrainedModel | str | Path,
     moe: PreTrainedModel | str | Path,
@@ -167,27 +169,37 @@ def check_result(
     method: UpcyclingMethod,
     sites: Sequence[MLPSite],
     verify_inputs: torch.Tensor | None,
+    text: SampleText | None,
     allow_inexact: bool,
 ) -> None:
     """Run the dense model and the MoE made from it, record in `config.upcycling` what differs and what the routers do.
 
-    `dtype` is the weights': saving a configuration leaves a name in the place of its own. Warns of routers that are saturated or reach no token for some expert.
+    `dtype` is the weights': saving a configuration leaves a name in the place of its own. Warns, in the log and in the
+    record, of a loss on text that rose far, and of routers that are saturated or reach no token for some expert.
 
     Raises:
         MoEError: when the method is exact and the result is not.
     """
-    recorder = RoutingRecorder()
-    result = verify(dense, moe, verify_inputs, seed=method.seed, observe=recorder.watch)
+    recorder = RoutingRecorder(is_text=text is not None or verify_inputs is not None)
+    result = compare(dense, moe, verify_inputs, text, seed=method.seed, observe=recorder.watch)
     routing = recorder.result()
     config.upcycling |= {"verification": result.to_dict(), "routing": routing.to_dict()}
+    reason = method.why_inexact(config, sites, dtype)
+    warnings = []
     if method.exact and not result.exact:
-        message = _inexact_message(result, method.why_inexact(config, sites, dtype))
+        message = _inexact_message(result, reason)
         if not allow_inexact:
             raise MoEError(
                 f"{message} Pass allow_inexact=True to accept that; the measured error is then stored in the config."
             )
+        warnings.append(message)
+    if result.loss_warning:
+        warnings.append(f"{result.loss_warning} {method.cost_at_start(config, reason)}")
+    warnings += routing.warnings()
+    if warnings:
+        config.upcycling["warnings"] = warnings
+    for message in warnings:
         logger.warning(message)
-    routing.warn()
 
 
 def _load_dense(dense: PreTrainedModel | str | os.PathLike) -> tuple[str, PreTrainedModel]:
@@ -212,15 +224,6 @@ def _load_dense(dense: PreTrainedModel | str | os.PathLike) -> tuple[str, PreTra
     check_all_loaded(model, report, name)
     check_dense_weights(model, name)
     return name, model
-
-
-def _tokenizer(dense: PreTrainedModel | str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that a folder or a Hub repository has."""
-    name = dense.name_or_path if isinstance(dense, PreTrainedModel) else str(dense)
-    try:
-        return load_dense_tokenizer(name) if name else None
-    except (OSError, ValueError):
-        return None
 
 
 def _inexact_message(result: VerificationResult, reason: str | None) -> str:

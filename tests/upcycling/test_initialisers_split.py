@@ -1,4 +1,4 @@
-"""Splitting one MLP into experts without copies: every neuron once, the mean preserved, groups that make sense."""
+"""Splitting one MLP into experts without copies: every neuron once, the scale of the output, groups that make sense."""
 
 import pytest
 import torch
@@ -32,20 +32,43 @@ def test_each_neuron_goes_to_one_expert_and_all_experts_together_are_the_dense_m
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [None, 3.0], ids=["default", "LLaMA-MoE"])
-def test_the_default_scale_preserves_the_mean_over_choices(scale):
-    dense = tiny_dense("starcoder2", intermediate_size=96)
+def outputs_of_pairs(dense, scale):
+    """The output without bias of each pair of 6 parts with equal weights, (15, T, D), and the dense one, (T, D)."""
     moe = upcycle(dense, init=Split(scale=scale), num_experts=6, num_experts_per_tok=2, routed_scaling_factor=2.0)
     block, mlp = moe.model.layers[0].mlp, dense.model.layers[0].mlp
-    inputs = torch.randn(20, 48)
+    inputs = torch.randn(200, 48, generator=torch.Generator().manual_seed(0))
     pairs = torch.combinations(torch.arange(6), 2)
     with torch.no_grad():
-        outputs = [block.experts(inputs, pair.expand(20, 2), torch.ones(20, 2)) for pair in pairs]
-        mean, bias = torch.stack(outputs).mean(0), mlp.c_proj.bias
-        expected = mlp(inputs) - bias
-    factor = 1.0 if scale is None else 0.5
-    torch.testing.assert_close(mean - bias, factor * expected, rtol=1e-4, atol=1e-5)
-    assert moe.config.upcycling["init"]["options"]["scale"] == (6.0 if scale is None else 3.0)
+        outputs = [block.experts(inputs, pair.expand(200, 2), torch.ones(200, 2)) for pair in pairs]
+        return torch.stack(outputs) - mlp.c_proj.bias, mlp(inputs) - mlp.c_proj.bias, moe
+
+
+@pytest.mark.parametrize(
+    ("scale", "kept"), [(None, 1 / 3), (6.0, 1.0), (3.0, 0.5)], ids=["default", "mean", "LLaMA-MoE"]
+)
+def test_the_mean_over_choices_is_the_part_of_the_dense_output_that_the_scale_keeps(scale, kept):
+    outputs, expected, moe = outputs_of_pairs(tiny_dense("starcoder2", intermediate_size=96), scale)
+    torch.testing.assert_close(outputs.mean(0), kept * expected, rtol=1e-4, atol=1e-5)
+    assert moe.config.upcycling["init"]["options"]["scale"] == (2.0 if scale is None else scale)
+
+
+def test_by_default_the_chosen_parts_add_up_as_in_the_dense_mlp():
+    """Pairs that share no part are the whole MLP together."""
+    outputs, expected, _ = outputs_of_pairs(tiny_dense("starcoder2", intermediate_size=96), None)
+    pairs = torch.combinations(torch.arange(6), 2).tolist()
+    three = [pairs.index(pair) for pair in ([0, 1], [2, 3], [4, 5])]
+    torch.testing.assert_close(outputs[three].sum(0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_scale_is_nearer_to_the_dense_output_than_the_default_by_much():
+    """Neurons of random weights are nearly uncorrelated; scale E has E / K times the squared error."""
+    dense = tiny_dense("starcoder2", intermediate_size=96)
+    errors = {}
+    for scale in (None, 1.0, 3.0, 6.0):
+        outputs, expected, _ = outputs_of_pairs(dense, scale)
+        errors[scale] = float((outputs - expected).square().mean())
+    assert errors[None] < min(errors[1.0], errors[3.0]) < errors[6.0]
+    assert errors[6.0] / errors[None] == pytest.approx(6 / 2, rel=0.2)
 
 
 @pytest.mark.parametrize("gate", [False, True])

@@ -1,6 +1,7 @@
 """The probe of the routers: its figures against a loop over tokens, when it warns, and when it cannot tell."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,18 @@ def test_experts_that_get_no_token_are_named_when_the_tokens_are_enough_to_tell(
     assert not few.is_large_enough and few.never_reached == {} and few.warnings() == []
 
 
+def test_random_tokens_accuse_no_router():
+    """They reach other experts than any text does; what they say of a saturated router holds."""
+    random = replace(probe_of([64, 64, 128, 0], 128, top=0.95), is_text=False)
+    assert random.is_large_enough and not random.can_tell_unreached and random.never_reached == {}
+    assert len(random.warnings()) == 1 and "saturated" in random.warnings()[0]
+    dense = tiny_dense("llama")
+    without_text = upcycle(dense, num_experts=4).config.upcycling["routing"]
+    on_text = upcycle(dense, num_experts=4, inputs=random_ids(4, 64)).config.upcycling["routing"]
+    assert not without_text["can_tell_unreached"] and on_text["can_tell_unreached"]
+    assert (without_text["num_tokens"], on_text["num_tokens"]) == (2 * 64, 4 * 64)
+
+
 @pytest.mark.parametrize(
     ("num_experts", "layers", "enough"), [(8, 32, True), (16, 32, True), (32, 32, False), (128, 1, False)]
 )
@@ -95,7 +108,7 @@ def test_even_routers_are_not_accused():
 
 def test_experts_closed_by_design_are_not_missed():
     dense, ids = tiny_dense("llama"), random_ids(8, 64)
-    closed = upcycle(dense, num_experts=6, expert_groups={"language": [[0, 1, 2], [3, 4, 5]]})
+    closed = upcycle(dense, num_experts=6, expert_groups={"language": [[0, 1, 2], [3, 4, 5]]}, verify_inputs=ids)
     assert closed.config.upcycling["routing"]["can_tell_unreached"]
     assert closed.config.upcycling["routing"]["never_reached"] == {}
     with torch.no_grad():

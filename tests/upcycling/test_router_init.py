@@ -140,8 +140,11 @@ def test_kmeans_needs_as_many_distinct_tokens_as_experts():
 class LetterTokenizer:
     """One token per letter: a = 10, b = 11, ..."""
 
-    def __call__(self, text):
-        return {"input_ids": [ord(letter) - 87 for letter in text]}
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(letter) - 87 for letter in text if letter.islower()]}
+
+    def __len__(self):
+        return 36
 
 
 POSITIVE = (("abcabdcab", "bcadbacd"), ("mnomnopmn", "opmnmopn"), ("uvwuvxw", "xwvuvwxu"))

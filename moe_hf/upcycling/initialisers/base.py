@@ -71,6 +71,10 @@ class Initialiser(Choice, ABC):
         """Whether the experts compute the dense function when a token's weights sum to `routed_scaling_factor`."""
         return True
 
+    def cost_at_start(self, config: MoEConfig) -> str:
+        """What the MoE loses at its start, and what to do about it; empty for an exact one."""
+        return ""
+
     @property
     def shards(self) -> int:
         """Neighbouring experts that only together hold one dense MLP; they share a router row at the start."""

@@ -42,6 +42,16 @@ class PartlyRedrawn(Initialiser):
         """Only when nothing is drawn anew."""
         return self.ratio == 0
 
+    def cost_at_start(self, config: MoEConfig) -> str:
+        """Neurons drawn anew know nothing."""
+        if self.exact:
+            return ""
+        return (
+            f"init={self.name!r} draws {self.ratio:.0%} of all neurons anew: Drop-Upcycling trained up to 500 B tokens after "
+            "it. For a short training use a smaller ratio, or init='copy', 'permute' or 'granular' with ratio=0, which lose "
+            "nothing."
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Drop(PartlyRedrawn):

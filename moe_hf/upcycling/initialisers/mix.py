@@ -74,6 +74,13 @@ class Mix(Initialiser):
         """Never: the experts are different functions."""
         return False
 
+    def cost_at_start(self, config: MoEConfig) -> str:
+        """Experts meet layers that they were not trained with."""
+        return (
+            "init='mix' puts MLPs of several models behind one attention, with routers that know none of them: train at least "
+            "the routers, use rest='base', or sources that were trained less far from their common start."
+        )
+
     def settled(self, config: MoEConfig) -> "Mix":
         """With the assignment written out."""
         if self.assignment is not None:

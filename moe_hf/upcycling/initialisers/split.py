@@ -20,10 +20,12 @@ from moe_hf.upcycling.recipes import ExpertRecipe
 class Split(Initialiser):
     """Each neuron of the dense MLP goes to one expert; a token uses K of the E parts, so that the function changes.
 
-    With weights w_i that sum to 1, the output is scale * sum_i w_i FFN_i(x), where the sum of all FFN_i is the dense MLP.
-    scale = E, the default, makes its mean over random choices of experts the dense output, and for K = E with equal
-    weights it is the dense output. LLaMA-MoE's code multiplies such weights by E / K, which is `scale=E / K` here, and
-    has the dense output's K-th part as its mean.
+    With weights w_i that sum to 1, the output is scale * sum_i w_i FFN_i(x) over the K chosen parts, where the sum of all
+    FFN_i is the dense MLP. scale = K, the default, adds the chosen parts as the dense MLP does: for equal weights the
+    output is the dense one without the other parts, and equal to it for K = E. Parts that are uncorrelated, as random ones
+    nearly are, have no estimate of the dense output that is nearer in squares; with parts of correlation r it is
+    K (1 + (E - 1) r) / (1 + (K - 1) r). scale = E makes the mean over random choices the dense output, at E / K times the
+    squared error. LLaMA-MoE's code has E / K.
 
     With a shared expert of width S (`shared_expert_intermediate_size`), the S neurons that matter most on the user's
     tokens go there, unscaled, and only the others are cut.
@@ -31,7 +33,7 @@ class Split(Initialiser):
     Attributes:
         by: which neurons go together: `"random"`, `"contiguous"`, `"kmeans"` (of the rows of the gate projection),
             `"coactivation"` (active on the same tokens), or `"importance"` (matter on the same kind of token).
-        scale: factor on the experts' output; E if not given.
+        scale: factor on the experts' output; K if not given.
     """
 
     name: ClassVar[str] = "split"
@@ -60,6 +62,15 @@ class Split(Initialiser):
         """Of the most important neurons."""
         return True
 
+    def cost_at_start(self, config: MoEConfig) -> str:
+        """A token uses K of E parts."""
+        return (
+            f"init='split' lets a token use {config.num_experts_per_tok} of the {config.num_experts} parts of each MLP: LLaMA-MoE "
+            "trained 200 B tokens after it. Use a larger num_experts_per_tok, a shared expert "
+            "(shared_expert_intermediate_size), experts in fewer layers (decoder_sparse_step), or init='granular', which "
+            "loses nothing."
+        )
+
     def needs_inputs(self, config: MoEConfig) -> bool:
         """For the groups that follow activations, and to choose the neurons of a shared expert."""
         return self.by in DATA_DRIVEN or config.shared_expert_intermediate_size > 0
@@ -69,8 +80,8 @@ class Split(Initialiser):
         return replace(self, scale=self.output_scale(config))
 
     def output_scale(self, config: MoEConfig) -> float:
-        """`scale`, or E."""
-        return float(config.num_experts if self.scale is None else self.scale)
+        """`scale`, or K."""
+        return float(config.num_experts_per_tok if self.scale is None else self.scale)
 
     def expert_width(self, dense_widths: tuple[int, ...], config: MoEConfig) -> int:
         """An E-th of the neurons that are not in the shared expert."""

@@ -7,24 +7,32 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from moe_hf.errors import MoEError
 from moe_hf.modeling.modeling_moe import MoEForCausalLM
 from moe_hf.unwrapping import whole_model
-from moe_hf.upcycling.verification import EXACT_TOLERANCE, relative_error
+from moe_hf.upcycling.verification import EXACT_TOLERANCE, relative_error, verify
 
 
-def drop_layers(model: MoEForCausalLM, layers: int | Sequence[int]) -> MoEForCausalLM:
+def drop_layers(
+    model: MoEForCausalLM,
+    layers: int | Sequence[int],
+    *,
+    data: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> MoEForCausalLM:
     """A model without some of the decoder layers, which computes what `model` does when they are skipped.
 
     Args:
         model (`MoEForCausalLM`): not changed.
         layers (`int` or `Sequence[int]`): indices to leave out, or how many: they are then spread evenly, and the first and
             the last layer stay.
+        data, tokenizer: text to measure the loss on before and after, and what reads it; see [`verify`].
 
     Returns:
         `MoEForCausalLM` in evaluation mode, in the dtype and on the device of `model`.
@@ -54,6 +62,7 @@ def drop_layers(model: MoEForCausalLM, layers: int | Sequence[int]) -> MoEForCau
             "family depend on their number. Drop others."
         )
     step = {"operation": "drop_layers", "layers": dropped, "num_hidden_layers": [total, len(kept)]}
+    step["verification"] = verify(model, new, data=data, tokenizer=tokenizer).to_dict()
     recorded = copy.deepcopy(model.config.upcycling) or {}
     if "expected_weight" in recorded:
         recorded["expected_weight"] = [recorded["expected_weight"][i] for i in kept]

@@ -9,9 +9,13 @@ Letters: B batch, S sequence, D model width, F expert width, E experts, K expert
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from moe_hf.errors import MoEError
 from moe_hf.modeling.dense_mlp import MLPSite
@@ -33,6 +37,22 @@ from moe_hf.upcycling.surgery.expert_pools import (
 from moe_hf.upcycling.verification import EXACT_TOLERANCE, VerificationResult, verify
 
 
+# What to do where an operation made a model worse.
+MEND = "Choose other experts, or train the new model before it is used."
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What a change is measured on: arguments of `verify`."""
+
+    inputs: torch.Tensor | None
+    data: str | Path | None
+    tokenizer: PreTrainedTokenizerBase | None
+    seed: int
+
+
 def add_experts(
     model: MoEForCausalLM,
     sources: Sequence[ExpertSource],
@@ -41,6 +61,8 @@ def add_experts(
     router_noise: float = 0.0,
     num_experts_per_tok: int | None = None,
     inputs: torch.Tensor | None = None,
+    data: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
 ) -> MoEForCausalLM:
     """Add one expert per source to each MoE layer, after those that are there.
@@ -57,7 +79,9 @@ def add_experts(
             from (a dense model has none), `"normal"` for N(0, 1 / D), or a tensor (L, number of sources, D).
         router_noise (`float`): Gaussian noise on each new row, in standard deviations of the row.
         num_experts_per_tok (`int`, *optional*): K of the new model; unchanged if not given.
-        inputs (`torch.Tensor`, *optional*): token ids (B, S) on which the change is measured, besides random ones.
+        inputs (`torch.Tensor`, *optional*): token ids (B, S) of your text, on which the change is measured, besides random
+            ones.
+        data, tokenizer: text to measure the loss on before and after, and what reads it; see [`verify`].
         seed (`int`): of all random numbers.
 
     Returns:
@@ -75,7 +99,9 @@ def add_experts(
     extra = rows.fill(pools_of_sources(model, sources), model)
     total = model.config.num_experts + len(sources)
     step = {"operation": "add_experts", "sources": [source_name(source) for source in sources], **rows.to_dict()}
-    return _operate(model, [range(total)] * len(extra), extra, step, num_experts_per_tok, inputs, seed)
+    return _operate(
+        model, [range(total)] * len(extra), extra, step, num_experts_per_tok, _Check(inputs, data, tokenizer, seed)
+    )
 
 
 def remove_experts(
@@ -84,6 +110,8 @@ def remove_experts(
     *,
     num_experts_per_tok: int | None = None,
     inputs: torch.Tensor | None = None,
+    data: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
 ) -> MoEForCausalLM:
     """Remove experts and their router rows; the others move up in order.
@@ -96,7 +124,7 @@ def remove_experts(
         experts (`Sequence[int]` or `Mapping[int, Sequence[int]]`): ids to remove from each MoE layer, or decoder layer to
             ids; each MoE layer must be named then, and lose as many.
         num_experts_per_tok (`int`, *optional*): K of the new model; required when fewer than K experts would be left.
-        inputs, seed: as in [`add_experts`].
+        inputs, data, tokenizer, seed: as in [`add_experts`].
 
     Raises:
         MoEError: for ids that do not exist, layers that would keep different numbers, or too few experts left.
@@ -120,7 +148,7 @@ def remove_experts(
         )
     orders = [[e for e in range(model.config.num_experts) if e not in removed[layer]] for layer in layers]
     step = {"operation": "remove_experts", "experts": {str(layer): ids for layer, ids in removed.items()}}
-    return _operate(model, orders, None, step, num_experts_per_tok, inputs, seed)
+    return _operate(model, orders, None, step, num_experts_per_tok, _Check(inputs, data, tokenizer, seed))
 
 
 def replace_experts(
@@ -130,6 +158,8 @@ def replace_experts(
     router_rows: str | torch.Tensor = "kept",
     router_noise: float = 0.0,
     inputs: torch.Tensor | None = None,
+    data: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
 ) -> MoEForCausalLM:
     """Put other experts in the places of some, in each MoE layer.
@@ -139,7 +169,7 @@ def replace_experts(
         sources (`Mapping[int, ExpertSource]`): id to what takes its place; see [`add_experts`].
         router_rows (`str` or `torch.Tensor`): `"kept"` for the rows of the experts that are replaced, or as in
             [`add_experts`].
-        router_noise, inputs, seed: as in [`add_experts`].
+        router_noise, inputs, data, tokenizer, seed: as in [`add_experts`].
 
     Raises:
         MoEError: for an id that does not exist, or a source that does not fit.
@@ -159,7 +189,7 @@ def replace_experts(
     order = [total + ids.index(expert) if expert in sources else expert for expert in range(total)]
     named = {str(expert): source_name(sources[expert]) for expert in ids}
     step = {"operation": "replace_experts", "sources": named, **rows.to_dict()}
-    return _operate(model, [order] * len(extra), extra, step, None, inputs, seed)
+    return _operate(model, [order] * len(extra), extra, step, None, _Check(inputs, data, tokenizer, seed))
 
 
 def grow_experts(
@@ -170,6 +200,8 @@ def grow_experts(
     num_experts_per_tok: int | None = None,
     allow_inexact: bool = False,
     inputs: torch.Tensor | None = None,
+    data: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
 ) -> MoEForCausalLM:
     """Make a bigger MoE that computes the same: every expert m times, and m times as many experts per token.
@@ -189,7 +221,7 @@ def grow_experts(
         num_experts_per_tok (`int`, *optional*): K of the new model, m K if not given. Any other value is not exact: equal
             copies push other experts out of the top K.
         allow_inexact (`bool`): accept logits that differ although they should not; the measured error is stored.
-        inputs, seed: as in [`add_experts`].
+        inputs, data, tokenizer, seed: as in [`add_experts`].
 
     Raises:
         MoEError: for fewer than 2 copies, or logits that should be equal and are not.
@@ -222,8 +254,7 @@ def grow_experts(
         None,
         step,
         exact_count if num_experts_per_tok is None else num_experts_per_tok,
-        inputs,
-        seed,
+        _Check(inputs, data, tokenizer, seed),
         routed_scaling_factor=factor,
         finish=differ if noise > 0 else None,
         must_be_exact=not allow_inexact and num_experts_per_tok in (None, exact_count),
@@ -236,8 +267,7 @@ def _operate(
     extra: Sequence[Pool] | None,
     step: dict[str, Any],
     num_experts_per_tok: int | None,
-    inputs: torch.Tensor | None,
-    seed: int,
+    check: _Check,
     *,
     routed_scaling_factor: float | None = None,
     finish: Callable[[Pool, MLPSite], Pool] | None = None,
@@ -257,12 +287,14 @@ def _operate(
     _fill(new, model, orders, extra, finish)
     if model.can_generate():
         new.generation_config = copy.deepcopy(model.generation_config)
-    result = verify(model, new, inputs, seed=seed)
+    result = verify(model, new, **vars(check))
     if must_be_exact and not result.exact:
         raise MoEError(_inexact_message(result, step))
     for name in ("num_experts", "num_experts_per_tok"):
         step[name] = [getattr(before, name), getattr(config, name)]
-    step |= {"seed": seed, "verification": result.to_dict()}
+    step |= {"seed": check.seed, "verification": result.to_dict()}
+    if result.loss_warning:
+        logger.warning(f"{step['operation']}: {result.loss_warning} {MEND}")
     recorded = copy.deepcopy(before.upcycling) or {}
     config.upcycling = recorded | {"surgery": [*recorded.get("surgery", []), step]}
     return new
