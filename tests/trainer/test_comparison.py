@@ -160,7 +160,7 @@ KINDS = ("before_write", "after_write", "in_training", "before_save")
 
 @pytest.mark.parametrize(
     ("kinds", "every"),
-    [pytest.param(KINDS, 4), *(pytest.param([kind], 1, marks=pytest.mark.slow) for kind in KINDS)],
+    [pytest.param(KINDS, 6), *(pytest.param([kind], 1, marks=pytest.mark.slow) for kind in KINDS)],
 )
 def test_killed_comparison_goes_on_by_the_same_command_to_the_same_result(
     kinds, every, compared, dense, text, tmp_path, monkeypatch
