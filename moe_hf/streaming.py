@@ -233,7 +233,7 @@ class _Job:
 
     def write_other_files(self, folder: Path) -> None:
         """Write configuration, code, tokenizer and card."""
-        card = model_card(self.moe, has_tokenizer=self.tokenizer is not None)
+        card = model_card(self.moe, tokenizer=self.tokenizer)
         # save_pretrained removes weight files that it did not write, so it gets a folder of its own.
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, _no_progress_bar():
             self.moe.save_pretrained(scratch, state_dict={})

@@ -60,7 +60,7 @@ LAYERS = [
         "augmentation",
         "answers",
     },
-    {"kernels"},
+    {"kernels", "chat"},
     {"unwrapping"},
     {"upcycling", "finetuning", "interchange", "inspection", "extraction", "domain_mixture", "weight_checks"},
     {"reporting", "planning", "conversion", "inference"},

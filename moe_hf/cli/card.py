@@ -14,31 +14,43 @@ def card(
     repo_id: Annotated[str | None, typer.Option(help="NAMESPACE/NAME that the usage code loads.")] = None,
     report: Annotated[Path | None, typer.Option(help="Folder of `moe-hf report --output`.")] = None,
     run: Annotated[
-        Path | None, typer.Option(help="Training run or checkpoint with trainer_state.json: steps, tokens, time.")
+        Path | None,
+        typer.Option(
+            help="Folder of the training run or of a checkpoint: steps, tokens, time, measurements; by default the one that "
+            "the model lies in."
+        ),
     ] = None,
     facts: Annotated[
         Path | None,
         typer.Option(help="YAML or JSON of what else is known: license, base_model, results, limits, commands, ..."),
     ] = None,
 ) -> None:
-    """Write the model card: what is counted, read and measured; what is not known is left out."""
+    """Write the model card: what is counted, read and measured, and a chat; what is not known is left out."""
     with user_errors():
         from moe_hf.errors import MoEError
         from moe_hf.reporting.card import model_card
+        from moe_hf.reporting.card_chat import sample_chat
         from moe_hf.reporting.card_facts import training_facts
+        from moe_hf.reporting.run_results import run_facts, run_folder
 
         destination = output / "README.md"
         if destination.exists():
             raise MoEError(f"{destination} exists: choose another --output, or remove it first.")
-        known = _read_facts(facts)
+        given = _read_facts(facts)
+        beside = run_folder(model) if run is None else run
+        known = {} if beside is None or not beside.is_dir() else run_facts(beside)
         if run is not None:
-            known["training"] = training_facts(run) | (known.get("training") or {})
+            known["training"] = training_facts(run)
+        known["training"] = known.get("training", {}) | (given.pop("training", None) or {})
+        known |= given
         if report is not None:
             known["routing_report"] = report
         with quiet_transformers():
             loaded = load_model(model)
             tokenizer = load_tokenizer(model)
-            made = model_card(loaded, repo_id=repo_id, card_facts=known, has_tokenizer=tokenizer is not None)
+            if "chat" not in known:
+                known["chat"] = sample_chat(loaded, tokenizer)
+            made = model_card(loaded, repo_id=repo_id, card_facts=known, tokenizer=tokenizer)
         output.mkdir(parents=True, exist_ok=True)
         made.save(destination)
     typer.echo(", ".join(str(output / name) for name in ("README.md", *made.companions)))

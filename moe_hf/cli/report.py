@@ -70,7 +70,11 @@ def report(
         if output is not None:
             _write(statistics, output)
     if as_json:
-        typer.echo(json.dumps({"model": statistics.model, **statistics.summary()}, indent=2))
+        from moe_hf.reporting.verdict import verdict
+
+        typer.echo(
+            json.dumps({"model": statistics.model, "verdict": verdict(statistics), **statistics.summary()}, indent=2)
+        )
     else:
         _print(statistics, output)
 
@@ -109,7 +113,9 @@ def _write(statistics: "RoutingStatistics", output: Path) -> None:
 def _print(statistics: "RoutingStatistics", output: Path | None) -> None:
     from moe_hf.reporting.report import LAYER_COLUMNS, layer_rows
     from moe_hf.reporting.statistics import figure_text
+    from moe_hf.reporting.verdict import verdict
 
+    typer.echo(verdict(statistics))
     summary = statistics.summary()
     print_rows(statistics.model, [(name, figure_text(value)) for name, value in summary.items()])
     print_rows("By layer", layer_rows(statistics), header=LAYER_COLUMNS[1:])

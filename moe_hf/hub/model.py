@@ -54,7 +54,7 @@ def save_model(
     """
     model = unwrapped(model, keep_peft=True)
     check_vocabulary(model, tokenizer)
-    card = model_card(inner_model(model), card_facts=card_facts, has_tokenizer=tokenizer is not None)
+    card = model_card(inner_model(model), card_facts=card_facts, tokenizer=tokenizer)
     with atomic_folder(output_dir) as folder:
         _write_files(folder, model, tokenizer, card, save_kwargs)
     return Path(output_dir)
@@ -114,7 +114,7 @@ def push_model(
         tokenizer = _find_tokenizer(model)
     tokenizer = tokenizer or None
     # Before the repository is made, so that a bad fact leaves no empty one behind.
-    card = model_card(inner_model(model), repo_id=repo_id, card_facts=card_facts, has_tokenizer=tokenizer is not None)
+    card = model_card(inner_model(model), repo_id=repo_id, card_facts=card_facts, tokenizer=tokenizer)
     open_repository(api, repo_id, private=private, revision=revision, create_pr=create_pr)
     card = final_card(
         api, repo_id, revision, card, [*(inner_model(model).model_tags or []), *(tags or [])], overwrite_card
@@ -177,18 +177,20 @@ def _find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the weights that a model came from, if it is on this machine; no network."""
     upcycling = getattr(model.config, "upcycling", None) or {}
     for source in filter(None, (model.name_or_path, upcycling.get("source"))):
-        try:
-            is_gguf = Path(source).expanduser().exists() and gguf_file_of(source) is not None
-            tokenizer = (
-                load_dense_tokenizer(source)
-                if is_gguf
-                else AutoTokenizer.from_pretrained(source, local_files_only=True)
-            )
-        except (OSError, ValueError, KeyError, ImportError):
-            # No tokenizer there: the model is pushed without one, as transformers does.
-            continue
-        if len(tokenizer) <= model.get_input_embeddings().num_embeddings:
+        tokenizer = tokenizer_in(source)
+        # Without one the model is pushed alone, as transformers does.
+        if tokenizer is not None and len(tokenizer) <= model.get_input_embeddings().num_embeddings:
             logger.info(f"The tokenizer of {source} is pushed along.")
             return tokenizer
     logger.warning(f"No tokenizer was found beside the source of {type(model).__name__}: pass tokenizer=...")
     return None
+
+
+def tokenizer_in(source: str | os.PathLike) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a folder, a GGUF file or the Hub's cache, None where there is none; no network."""
+    try:
+        if Path(source).expanduser().exists() and gguf_file_of(source) is not None:
+            return load_dense_tokenizer(source)
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None

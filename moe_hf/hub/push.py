@@ -19,11 +19,12 @@ from moe_hf.finetuning.lora_files import LORA_NAME, PEFT_CONFIG
 from moe_hf.finetuning.trained_files import TRAINED_NAME
 from moe_hf.hub.account import check_repo_id, final_card, open_repository, preflight_account
 from moe_hf.hub.contents import files_to_push, refuse_secrets
-from moe_hf.hub.model import shorten_local_source
+from moe_hf.hub.model import shorten_local_source, tokenizer_in
 from moe_hf.hub.transfer import commit_files
 from moe_hf.inspection import on_meta
 from moe_hf.interchange import export_native
 from moe_hf.reporting.card import METADATA_FACTS, hub_id, model_card
+from moe_hf.reporting.run_results import run_facts, run_folder
 from moe_hf.saving import MANIFEST_NAME, read_json_object, verify_manifest
 from moe_hf.unwrapping import path_of
 from moe_hf.weight_checks import check_structure
@@ -157,8 +158,9 @@ def _card_of(folder: Path, kind: str, repo_id: str, facts: dict[str, Any] | None
             reason = " ".join(str(error).split())
             raise MoEError(f"{own} has broken metadata ({reason}): nothing was sent. Repair or remove it.") from error
     if kind == "model":
-        has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-        return model_card(on_meta(str(folder)), repo_id=repo_id, card_facts=facts, has_tokenizer=has_tokenizer)
+        known = {} if (run := run_folder(folder)) is None else run_facts(run)
+        tokenizer = tokenizer_in(folder)
+        return model_card(on_meta(str(folder)), repo_id=repo_id, card_facts=known | (facts or {}), tokenizer=tokenizer)
     return _card_of_parts(folder, kind, repo_id, dict(facts or {}))
 
 

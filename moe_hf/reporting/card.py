@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_hf.errors import MoEError
 from moe_hf.inspection import ModelFacts, inspect_model
+from moe_hf.reporting.card_chat import REQUEST, check_chat, has_chats, shown_chat
 from moe_hf.reporting.card_facts import (
     check_results,
     eval_results,
@@ -26,7 +27,8 @@ from moe_hf.unwrapping import unwrapped
 
 METADATA_FACTS = ("base_model", "license", "language", "datasets", "metrics", "tags")
 SECTION_FACTS = (
-    *("title", "base_model_revision", "training", "results", "evaluation", "routing_report", "commands", "limits"),
+    *("title", "base_model_revision", "training", "results", "headline", "evaluation", "routing_report", "chat"),
+    *("commands", "limits"),
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -50,7 +52,7 @@ def model_card(
     *,
     repo_id: str | None = None,
     card_facts: dict[str, Any] | None = None,
-    has_tokenizer: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> MoECard:
     """Write the card of a model from `model_cards/template.md`; a section without facts is left out.
 
@@ -61,10 +63,11 @@ def model_card(
             `license` (by default the parent's, where its card lies on this machine), `language`, `datasets`, `metrics`,
             `tags`. Text: `title`; `base_model_revision`; `training`, a dict of name and value, as [`training_facts`] gives;
             `results`, measurements beside the dense parent's, see [`check_results`], which become the Hub's `model-index` and
-            `.eval_results` too; `evaluation`, a list of rows with equal keys; `routing_report`, the folder of a
-            [`write_report`], whose picture goes beside the card; `commands` that made the model; `limits`, a list of
-            sentences.
-        has_tokenizer (`bool`, *optional*, defaults to `False`): whether the usage code may load a tokenizer.
+            `.eval_results` too, and `headline`, a sentence about them; `evaluation`, a list of rows with equal keys;
+            `routing_report`, the folder of a [`write_report`], whose picture goes beside the card; `chat`, a list of turns
+            (`role`, `content`), such as [`sample_chat`] gives; `commands` that made the model; `limits`, a list of sentences.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the one that lies beside the model; the usage code loads it, and chats
+            where it has a chat template.
 
     Returns:
         `MoECard`, a `ModelCard` of huggingface_hub. The same model and facts give the same text.
@@ -82,16 +85,14 @@ def model_card(
     title = facts.get("title") or (repo_id.split("/")[-1] if repo_id else type(model).__name__)
     parents_license = None if "license" in facts else license_of(upcycling.get("source"))
     results = check_results(facts.get("results", []))
+    chat = check_chat(facts.get("chat", []))
     health, companions = routing_health(facts.get("routing_report"))
-    tags = ["moe", "mixture-of-experts"] if routing else []
-    tags += ["moe_hf"] if _has_code(model) else []
-    tags += ["upcycled"] if upcycling else []
     data = ModelCardData(
         base_model=base_model,
         base_model_relation="finetune" if base_model else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=list(dict.fromkeys([*tags, *facts.get("tags", [])])),
+        tags=_tags(model, routing, upcycling, tokenizer, facts),
         license=facts.get("license", parents_license),
         **({"model_name": title, "eval_results": eval_results(results)} if results else {}),
         **{key: facts[key] for key in ("language", "datasets", "metrics") if key in facts},
@@ -108,13 +109,17 @@ def model_card(
         upcycling=_upcycling_rows(upcycling, facts.get("base_model_revision")),
         training=facts.get("training"),
         results=result_rows(results),
+        headline=facts.get("headline"),
         evaluation=facts.get("evaluation"),
+        chat=shown_chat(chat),
+        request=next((turn["content"] for turn in chat if turn["role"] == "user"), REQUEST),
         health=health,
         parents_license=parents_license,
         commands=facts.get("commands", []),
         limits=facts.get("limits", []),
         has_code=_has_code(model),
-        has_tokenizer=has_tokenizer,
+        has_tokenizer=tokenizer is not None,
+        has_chats=has_chats(tokenizer),
         repo_id=name,
         memory=_gibibytes(sum(parameter.nbytes for parameter in model.parameters())),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -122,6 +127,14 @@ def model_card(
     )
     card.companions = companions | eval_results_file(results)
     return card
+
+
+def _tags(model, routing: dict, upcycling: dict, tokenizer, facts: dict[str, Any]) -> list[str]:
+    tags = ["moe", "mixture-of-experts"] if routing else []
+    tags += ["moe_hf"] if _has_code(model) else []
+    tags += ["upcycled"] if upcycling else []
+    tags += ["conversational"] if has_chats(tokenizer) else []
+    return list(dict.fromkeys([*tags, *facts.get("tags", [])]))
 
 
 def _parameter_rows(facts: ModelFacts) -> dict[str, int]:
@@ -143,6 +156,8 @@ def _checked_facts(facts: dict[str, Any]) -> dict[str, Any]:
         raise MoEError("card_facts['evaluation'] is a list of dicts that all have the same keys, the table's columns.")
     if not isinstance(facts.get("training", {}), dict):
         raise MoEError("card_facts['training'] is a dict of name and value, one row of the table each.")
+    if not isinstance(facts.get("headline", ""), str):
+        raise MoEError("card_facts['headline'] is a sentence about the results.")
     for name in ("commands", "limits", "tags"):
         if isinstance(facts.get(name), str):
             raise MoEError(f"card_facts[{name!r}] is a list of texts, not one text.")

@@ -26,7 +26,9 @@ from moe_hf.reporting.statistics import FORMAT, JSON_NAME, PICTURE_NAME, figure_
 TRAINER_STATE = "trainer_state.json"
 EVAL_RESULTS_NAME = ".eval_results/moe_hf.yaml"
 REQUIRED_OF_A_RESULT = ("dataset", "metric", "value")
-KNOWN_OF_A_RESULT = (*REQUIRED_OF_A_RESULT, "parent", "split", "dataset_id", "task_id")
+# Values of other models beside this one's, and the titles of their columns.
+BESIDE = {"before": "before training", "parent": "dense parent", "control": "dense control, trained alike"}
+KNOWN_OF_A_RESULT = (*REQUIRED_OF_A_RESULT, *BESIDE, "split", "dataset_id", "task_id")
 
 
 def training_facts(run: str | Path | Mapping[str, Any], hardware: str | None = None) -> dict[str, Any]:
@@ -98,8 +100,9 @@ def _time_text(seconds: float) -> str:
 
 
 def check_results(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Measurements for a card, each a dict: `dataset`, `metric`, `value`; and, where known, `parent`, the dense parent's value
-    on the same text, `split`, and for a benchmark of the Hub its `dataset_id` and `task_id`.
+    """Measurements for a card, each a dict: `dataset`, `metric`, `value`; and, where known, on the same text `before` (this
+    model's before training), `parent` (the dense parent's) and `control` (a dense model's that was trained alike), `split`, and
+    for a benchmark of the Hub its `dataset_id` and `task_id`.
 
     Raises:
         MoEError: a row with other names, without a number, or with one of `dataset_id` and `task_id` alone.
@@ -114,7 +117,7 @@ def check_results(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 f"A row of card_facts['results'] {'lacks' if missing else 'has'} {(missing or unknown)[0]!r}; it takes "
                 f"{', '.join(KNOWN_OF_A_RESULT)}, the first three in any case."
             )
-        for name in ("value", "parent"):
+        for name in ("value", *BESIDE):
             if name in row and (not isinstance(row[name], int | float) or isinstance(row[name], bool)):
                 raise MoEError(f"{name} of the result {row['dataset']!r} is {row[name]!r}; it must be a number.")
         if ("dataset_id" in row) != ("task_id" in row):
@@ -123,13 +126,12 @@ def check_results(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def result_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the card's table; the parent's column is there if any row has it."""
-    with_parent = any("parent" in row for row in results)
+    """The rows of the card's table; a column beside the model's is there if any row has it."""
+    columns = [name for name in BESIDE if any(name in row for row in results)]
     rows = []
     for row in results:
         shown = {"data": row["dataset"], "metric": row["metric"], "this model": figure_text(row["value"])}
-        if with_parent:
-            shown["dense parent"] = figure_text(row["parent"]) if "parent" in row else ""
+        shown |= {BESIDE[name]: figure_text(row[name]) if name in row else "" for name in columns}
         rows.append(shown)
     return rows
 

@@ -33,6 +33,16 @@ def filled_table(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     return table
 
 
+def cell_scale(largest: float) -> tuple[float, int, str]:
+    """How cells up to `largest` are written, with three digits of it: divided by what, with how many decimals, and what the
+    title says of it.
+    """
+    power = math.floor(math.log10(largest)) if largest > 0 else 0
+    if power >= -2:
+        return 1.0, max(2 - power, 0) if power < 0 else 2, ""
+    return 10.0**power, 2, f"in units of 1e{power}"
+
+
 def heat_map(
     axes: Axes,
     values: torch.Tensor,
@@ -50,6 +60,8 @@ def heat_map(
         largest (`float`, *optional*): the value of the darkest colour; the largest of `values` by default.
     """
     largest = largest or float(values.nan_to_num().max())
+    unit, decimals, words = cell_scale(largest) if centre is None else (1.0, 2, "")
+    title = ", ".join(filter(None, (title, words)))
     if centre is None:
         image = axes.imshow(values.numpy(), cmap="Blues", norm=Normalize(0, max(largest, 1e-12)), aspect="auto")
     else:
@@ -67,7 +79,9 @@ def heat_map(
                     red, green, blue, _ = image.cmap(image.norm(value))
                     dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
                     color = "white" if dark else "black"
-                    axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
+                    axes.text(
+                        column, row, f"{value / unit:.{decimals}f}", ha="center", va="center", fontsize=6, color=color
+                    )
     axes.spines[:].set_visible(False)
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
     bar.outline.set_visible(False)

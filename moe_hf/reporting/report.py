@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from moe_hf import __version__
 from moe_hf.reporting.plots import (
     LARGEST_LIFT,
+    cell_scale,
     choices_of_groups,
     filled_table,
     largest_of,
@@ -30,6 +31,7 @@ from moe_hf.reporting.statistics import (
     group_lift,
     specialisation,
 )
+from moe_hf.reporting.verdict import THRESHOLDS, verdict
 from moe_hf.resources import resource_path
 
 
@@ -124,6 +126,8 @@ def report_page(statistics: RoutingStatistics, *, title: str | None = None) -> s
     return template.render(
         title=title or statistics.model,
         statistics=statistics,
+        verdict=verdict(statistics),
+        thresholds=THRESHOLDS,
         tiles=_tiles(statistics.summary()),
         load=_by_layer(
             "load: choices over an even share", statistics, [layer.load for layer in statistics.layers], 1.0
@@ -187,14 +191,18 @@ def _heat_map(
 ) -> HeatMap:
     largest = largest_of([values]) if largest is None else largest
     largest = largest if centre is None else max(largest, 2 * centre)
+    unit, decimals, words = cell_scale(largest) if centre is None else (1.0, 2, "")
+    title = ", ".join(filter(None, (title, words)))
     numbered = values.shape[1] <= WIDEST_NUMBERED
     rows = []
     for name, line in zip(row_names, values.tolist(), strict=True):
         cells = []
         for expert, value in enumerate(line):
-            text = "" if value != value else f"{value:.2f}"
+            text = "" if value != value else f"{value / unit:.{decimals}f}"
             background, ink = _colour(value, centre, largest)
-            cells.append(Cell(text if numbered else "", background, ink, f"{corner} {name}, expert {expert}: {text}"))
+            cells.append(
+                Cell(text if numbered else "", background, ink, f"{corner} {name}, expert {expert}: {value:.3g}")
+            )
         rows.append((name, cells))
     return HeatMap(title, corner, [str(expert) for expert in range(values.shape[1])], rows)
 

@@ -1,14 +1,12 @@
 """Data of chats and preferences: rows, a template for tokenizers that have none, and answers that a model generates."""
 
-import re
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_hf.answers import answer_metrics
+from moe_hf.chat.generation import generated_answer
 from moe_hf.data import split_by_document
 from moe_hf.errors import MoEError
 from moe_hf.library_tasks import load_task
@@ -97,52 +95,6 @@ def load_chat_model(
     return model, tokenizer
 
 
-def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer's chat template says which part of a chat is the assistant's answer."""
-    template = tokenizer.chat_template
-    template = template.get("default") if isinstance(template, dict) else template
-    return template is not None and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-
-
-def with_answers(dataset: Any, name: str) -> Any:
-    """`dataset` of chats, of which each has an answer to learn; of one that is read as it goes, rows are looked at then.
-
-    Args:
-        dataset (`Dataset`, `IterableDataset`, a `dict` of them, or `None`): rows with `messages`, or `prompt` and
-            `completion`.
-        name (`str`): of the argument, for the errors.
-
-    Raises:
-        MoEError: the rows are no chats, or one has no turn of the assistant.
-    """
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        return {part: with_answers(rows, f"{name}[{part!r}]") for part, rows in dataset.items()}
-
-    def checked(row: dict, index: int) -> dict:
-        turns = row["messages"] if "messages" in row else [row.get("completion")]
-        turns = turns[0] if turns and isinstance(turns[0], list) else turns
-        if not all(isinstance(turn, dict) and "role" in turn for turn in turns or [None]):
-            raise MoEError(
-                f"assistant_only_loss=True learns the answers of chats, and row {index} of {name} is none (it has "
-                f"{', '.join(row)}): give rows with messages, or set assistant_only_loss=False."
-            )
-        if not any(turn["role"] == "assistant" for turn in turns):
-            raise MoEError(
-                f"Row {index} of {name} is a chat without a turn of the assistant, so that there is nothing to learn in it: "
-                "leave such rows out, or set assistant_only_loss=False, which learns the requests too."
-            )
-        return row
-
-    if not isinstance(dataset, Dataset):
-        return dataset.map(checked, with_indices=True)
-    for index, row in enumerate(dataset):
-        checked(row, index)
-    return dataset
-
-
-@torch.no_grad()
 def generated_answer_metrics(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[list[dict]], max_new_tokens: int
 ) -> dict[str, float]:
@@ -153,29 +105,11 @@ def generated_answer_metrics(
         max_new_tokens (`int`): longest answer, in tokens.
 
     Raises:
-        MoEError: a chat ends with another turn.
+        MoEError: a chat ends with another turn, or the chat template does not take it.
     """
     if any(not chat or chat[-1]["role"] != "assistant" for chat in chats):
         raise MoEError(
             "Answers are compared with a chat's last turn, and not all end with the assistant's: leave those out."
         )
-    predictions = []
-    training = model.training
-    model.eval()
-    try:
-        for chat in chats:
-            prompt = tokenizer.apply_chat_template(
-                chat[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
-            ).to(model.device)
-            output = model.generate(
-                **prompt,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            answer = output[0, prompt["input_ids"].shape[1] :]
-            predictions.append(tokenizer.decode(answer, skip_special_tokens=True))
-    finally:
-        model.train(training)
+    predictions = [generated_answer(model, tokenizer, chat[:-1], max_new_tokens) for chat in chats]
     return answer_metrics(predictions, [chat[-1]["content"] for chat in chats])

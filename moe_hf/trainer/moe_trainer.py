@@ -24,7 +24,9 @@ from moe_hf.finetuning.trained_tensors import has_peft, inner_model
 from moe_hf.hub import push_model
 from moe_hf.kernels import has_stored
 from moe_hf.reporting.card import model_card
+from moe_hf.reporting.card_chat import sample_chat
 from moe_hf.reporting.card_facts import this_hardware, training_facts
+from moe_hf.reporting.run_results import run_facts
 from moe_hf.trainer.arguments import MoETrainingArguments
 from moe_hf.trainer.card_arguments import take_card_arguments
 from moe_hf.trainer.checkpoints import choose_checkpoint, resume_choice, weights_at_hand
@@ -181,8 +183,8 @@ class MoETrainer(StepTrainer, ResumableTrainer):
             elif not merges_later:
                 self._save_merged(folder)
             if self.args.should_save:
-                has_tokenizer = self.processing_class is not None
-                card = model_card(inner_model(model), card_facts=self._card_facts(), has_tokenizer=has_tokenizer)
+                tokenizer = self.processing_class
+                card = model_card(inner_model(model), card_facts=self._card_facts(), tokenizer=tokenizer)
                 card.save(folder / "README.md")
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save")
@@ -239,9 +241,25 @@ class MoETrainer(StepTrainer, ResumableTrainer):
     def _card_facts(self, given: dict[str, Any] | None = None) -> dict[str, Any]:
         """What the card says about the run, once it has trained, and what else is given."""
         given = dict(given or {})
-        rows = training_facts(vars(self.state), this_hardware()) if self.state.global_step > 0 else {}
-        rows |= given.pop("training", {})
-        return given | ({"training": rows} if rows else {})
+        found: dict[str, Any] = {"training": {}}
+        if self.state.global_step > 0:
+            found = run_facts(self.args.output_dir) | {"training": training_facts(vars(self.state), this_hardware())}
+        if "chat" not in given:
+            found["chat"] = self._sample_chat()
+        found["training"] |= given.pop("training", {})
+        return {name: value for name, value in found.items() if value} | given
+
+    def _sample_chat(self) -> list[dict[str, str]]:
+        """What the model answers, for its card; nothing where this process has not all of it."""
+        model = self._unwrapped()
+        if is_sharded(self.model) or experts_are_sharded(model):
+            return []
+        try:
+            return sample_chat(model, self.processing_class)
+        except Exception as error:
+            # A card without a chat is better than a model that is not saved.
+            logger.warning(f"The card shows no chat, since the model could not be asked: {error}")
+            return []
 
     def _weights_as_given(self) -> dict[str, torch.Tensor]:
         weights = self._whole_weights(copied=False)

@@ -6,18 +6,18 @@ Needs trl: pip install 'moe-hf[trl]'.
 import copy
 from dataclasses import dataclass, field
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 try:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-    from trl.chat_template_utils import get_training_chat_template
 except ImportError as error:
     raise ImportError("Instruction and preference training use trl: pip install 'moe-hf[trl]'.") from error
 
+from moe_hf.chat.generation import answer_end_ids
 from moe_hf.errors import MoEError
 from moe_hf.trainer.arguments import FinetuneArguments
-from moe_hf.trainer.chats import marks_answers, with_answers
+from moe_hf.trainer.labelled_chats import labelled_chats
 from moe_hf.trainer.moe_trainer import MoETrainer
 
 
@@ -60,7 +60,10 @@ class _InTRL:
 
 
 class MoESFTTrainer(_InTRL, MoETrainer, SFTTrainer):
-    """`SFTTrainer` that is a `MoETrainer` too.
+    """`SFTTrainer` that is a `MoETrainer` too, and learns answers by any chat template.
+
+    With `assistant_only_loss` the rows become token ids and labels here (`labelled_chats`), by the tokenizer's own template,
+    whether it has `{% generation %}` or not; TRL takes them from there.
 
     Args:
         model (`PreTrainedModel`): a MoE of this package or of transformers, or a dense model.
@@ -68,16 +71,53 @@ class MoESFTTrainer(_InTRL, MoETrainer, SFTTrainer):
         kwargs: as `SFTTrainer` takes them.
 
     Raises:
-        MoEError: with `assistant_only_loss`, nothing tells the answers from the rest, or a chat has none.
+        MoEError: with `assistant_only_loss`, the answers of a row cannot be told from the rest, or it has none.
     """
 
-    def __init__(self, model: PreTrainedModel, args: MoESFTConfig, *, processing_class=None, **kwargs) -> None:
-        if args.assistant_only_loss:
-            if processing_class is not None and not marks_answers(processing_class):
-                _check_replaced_template(processing_class)
-            for name in ("train_dataset", "eval_dataset"):
-                kwargs[name] = with_answers(kwargs.get(name), name)
-        super().__init__(model, args, processing_class=processing_class, **kwargs)
+    def __init__(self, model: PreTrainedModel, args: MoESFTConfig, *, formatting_func=None, **kwargs) -> None:
+        self._given_model = model
+        # Rows that nobody prepares must bring their labels, which TRL checks.
+        self._labels_answers = args.assistant_only_loss and not (args.dataset_kwargs or {}).get("skip_prepare_dataset")
+        if self._labels_answers and formatting_func is not None:
+            raise MoEError(
+                "formatting_func makes text of a row, in which assistant_only_loss=True could not tell the answers: leave it "
+                "out, or set assistant_only_loss=False."
+            )
+        # TRL would look for a template of its own to train with, and refuse most.
+        args.assistant_only_loss = args.assistant_only_loss and not self._labels_answers
+        try:
+            super().__init__(model, args, formatting_func=formatting_func, **kwargs)
+        finally:
+            args.assistant_only_loss = args.assistant_only_loss or self._labels_answers
+        if self._labels_answers and not isinstance(self.processing_class, PreTrainedTokenizerBase):
+            raise MoEError(
+                f"assistant_only_loss=True labels text, and the processing class is a {type(self.processing_class).__name__}: "
+                "give its tokenizer, or set assistant_only_loss=False."
+            )
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """As TRL's, which leaves rows with token ids and labels as they are but for their length."""
+        if self._labels_answers and isinstance(processing_class, PreTrainedTokenizerBase):
+            known = {"train": "train_dataset", "eval": "eval_dataset"}
+            dataset = labelled_chats(
+                dataset,
+                processing_class,
+                known.get(dataset_name, f"eval_dataset[{dataset_name!r}]"),
+                kept=_kept_tokens(args, packing),
+                learn_prompts=args.completion_only_loss is False,
+                end_token_ids=answer_end_ids(processing_class, self._given_model),
+                num_proc=args.dataset_num_proc,
+            )
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+
+def _kept_tokens(args: MoESFTConfig, packing: bool) -> slice:
+    """The tokens of a row that TRL leaves."""
+    if args.max_length is None or (packing and args.packing_strategy != "bfd"):
+        return slice(None)
+    return (
+        slice(-args.max_length, None) if args.truncation_mode == "keep_end" and not packing else slice(args.max_length)
+    )
 
 
 class MoEDPOTrainer(_InTRL, MoETrainer, DPOTrainer):
@@ -92,17 +132,3 @@ class MoEDPOTrainer(_InTRL, MoETrainer, DPOTrainer):
         if ref_model is None and kwargs.get("peft_config") is None and not args.precompute_ref_log_probs:
             ref_model = copy.deepcopy(model)
         super().__init__(model, args, ref_model=ref_model, **kwargs)
-
-
-def _check_replaced_template(processing_class) -> None:
-    """Refuse a chat template that says nothing of answers, unless TRL knows one to train with in its place."""
-    try:
-        if processing_class.chat_template is not None and get_training_chat_template(processing_class):
-            return
-    except ValueError:
-        pass
-    raise MoEError(
-        "assistant_only_loss=True learns what is between {% generation %} and {% endgeneration %} in the tokenizer's chat "
-        "template, and it has no such part: put the assistant's words between them, or set tokenizer.chat_template = "
-        "moe_hf.trainer.chats.CHAT_TEMPLATE, or assistant_only_loss=False, which learns the requests too."
-    )
