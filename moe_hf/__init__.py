@@ -43,6 +43,7 @@ _MODULES = {
     "exact_targets": "moe_hf.interchange",
     "export_native": "moe_hf.interchange",
     "extract_experts": "moe_hf.extraction",
+    "fit_shape": "moe_hf.training_plan",
     "grow_experts": "moe_hf.upcycling",
     "import_native": "moe_hf.interchange",
     "inspect_model": "moe_hf.inspection",

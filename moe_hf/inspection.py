@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from moe_hf.config_files import config_errors, load_config
 from moe_hf.errors import MoEError
 from moe_hf.finetuning import SCOPES, find_moe_blocks, scope_parameter_names
+from moe_hf.finetuning.moe_blocks import whole_shape
 from moe_hf.modeling.segment_merge import SEGMENT_LENGTH
 from moe_hf.unwrapping import unwrapped
 
@@ -107,7 +108,7 @@ def inspect_model(model: PreTrainedModel | str | Path) -> ModelFacts:
     parts = _parameter_parts(model)
     sizes = {parameter: tensor.numel() for parameter, tensor in model.named_parameters()}
     per_part = {PART_LABELS[part]: sum(sizes[p] for p in names) for part, names in parts.items() if names}
-    used = _used_shares(model)
+    used = used_shares(model)
     total = sum(sizes.values())
     blocks = find_moe_blocks(model)
     config = model.config.get_text_config()
@@ -179,7 +180,7 @@ def _num_experts(block: nn.Module) -> int:
     experts = block.experts
     if isinstance(experts, nn.ModuleList):
         return len(experts)
-    return next(parameter.shape[0] for parameter in experts.parameters() if parameter.ndim >= 3)
+    return next(shape[0] for shape in map(whole_shape, experts.parameters()) if len(shape) >= 3)
 
 
 def _experts_per_token(config: PreTrainedConfig) -> int:
@@ -193,7 +194,7 @@ def _experts_per_token(config: PreTrainedConfig) -> int:
     )
 
 
-def _used_shares(model: PreTrainedModel) -> dict[str, float]:
+def used_shares(model: PreTrainedModel) -> dict[str, float]:
     """The share of each routed expert's parameter that one token uses, by name: K / E, of each of its sub-tokens."""
     config, shares = model.config.get_text_config(), {}
     for block_name, block in find_moe_blocks(model).items():
@@ -213,7 +214,7 @@ def forward_flops(model: PreTrainedModel, context: float) -> float:
         model (`PreTrainedModel`): a dense model or a MoE, of which K of E experts count.
         context (`float`): tokens of a row.
     """
-    return sum(_weight_flops(model, _used_shares(model)).values()) + _attention_flops(model, context)
+    return sum(_weight_flops(model, used_shares(model)).values()) + _attention_flops(model, context)
 
 
 def training_flops(model: PreTrainedModel, context: float) -> float:
@@ -226,7 +227,7 @@ def training_flops(model: PreTrainedModel, context: float) -> float:
         model (`PreTrainedModel`): whose `requires_grad` says what trains.
         context (`float`): tokens of a row.
     """
-    flops = _weight_flops(model, _used_shares(model))
+    flops = _weight_flops(model, used_shares(model))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     of_trained = sum(value for name, value in flops.items() if name in trained)
     return 2 * sum(flops.values()) + of_trained + 3 * _attention_flops(model, context)

@@ -21,11 +21,15 @@ from moe_hf.cli.app import (
     refuse_existing,
     user_errors,
 )
+from moe_hf.cli.fit import Batch, Checkpointing, Fit, Scope, Sequence, fitted_shape, print_fit
 from moe_hf.cli.printing import bytes_text, count_text, print_rows
 
 
 if TYPE_CHECKING:
     from moe_hf.planning import UpcyclingPlan
+    from moe_hf.training_plan import FittedShape
+    from moe_hf.upcycling.initialisers import Initialiser
+    from moe_hf.upcycling.router_init import RouterInit
 
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="The dense model: a folder, a GGUF file or a Hub id.")]
@@ -35,7 +39,9 @@ Destination = Annotated[
 NumExperts = Annotated[int | None, typer.Option(help="Experts per layer; 8, or the preset's.")]
 NumExpertsPerTok = Annotated[int | None, typer.Option(help="Experts that each token uses; 2, or the preset's.")]
 Preset = Annotated[str | None, typer.Option(help="The MoE of a paper, such as mixtral or switch; --set wins over it.")]
-Init = Annotated[str, typer.Option(help="How the experts start: copy, drop, permute, granular, split or mix.")]
+Init = Annotated[
+    str | None, typer.Option(help="How the experts start: copy if not given, drop, permute, granular, split or mix.")
+]
 InitOptions = Annotated[
     list[str] | None, typer.Option("--init-set", metavar="OPTION=VALUE", help="An option of --init; repeatable.")
 ]
@@ -83,7 +89,7 @@ def upcycle(
     num_experts: NumExperts = None,
     num_experts_per_tok: NumExpertsPerTok = None,
     preset: Preset = None,
-    init: Init = "copy",
+    init: Init = None,
     init_options: InitOptions = None,
     router_init: RouterInit = "normal",
     router_init_options: RouterInitOptions = None,
@@ -100,6 +106,11 @@ def upcycle(
     restart: Restart = False,
     dry_run: DryRun = False,
     require_export: RequireExport = None,
+    fit: Fit = None,
+    scope: Scope = None,
+    batch: Batch = None,
+    sequence: Sequence = None,
+    checkpointing: Checkpointing = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn a dense checkpoint into a MoE, tensor by tensor, check it, and save it with tokenizer and card.
@@ -119,13 +130,18 @@ def upcycle(
             "noise": noise,
             "shared_share": shared_share,
             "seed": seed,
-            **_named_methods(init, init_options, router_init, router_init_options),
+            "router_init": _router_init(router_init, router_init_options),
             **_fields(fields),
         }
+        run = {"scope": scope, "batch": batch, "sequence": sequence, "checkpointing": checkpointing}
+        run |= {"init": init, "init_options": init_options, "dtype": dtype, "allow_inexact": allow_inexact}
+        fitted = fitted_shape(source, fit, chosen | run)
+        chosen |= {"init": _init(init or "copy", init_options)} if fitted is None else fitted.shape.arguments()
+        counted = _say_fit(fitted, as_json)
         if dry_run or require_export is not None:
             plan = _plan(source, chosen, require_export)
         if dry_run:
-            _print_plan(plan, as_json)
+            _print_plan(plan, as_json, counted)
             return
         chosen |= {
             "allow_inexact": allow_inexact,
@@ -135,18 +151,30 @@ def upcycle(
         if dtype != "auto" or not _stream(source, destination, chosen, not no_verify, max_shard_size, restart):
             streamed_only = dtype != "auto" and (no_verify or restart)
             _in_memory(source, destination, chosen, dtype, max_shard_size, streamed_only)
-        _print_result(source, destination, as_json)
+        _print_result(source, destination, as_json, counted)
 
 
-def _named_methods(
-    init: str, init_options: list[str] | None, router_init: str, router_init_options: list[str] | None
-) -> dict[str, Any]:
-    options = parse_assignments("--init-set", init_options)
-    router_options = parse_assignments("--router-init-set", router_init_options)
+def _init(name: str, assignments: list[str] | None) -> "Initialiser":
+    options = parse_assignments("--init-set", assignments)
     from moe_hf.upcycling.initialisers import make_initialiser
+
+    return make_initialiser(name, options)
+
+
+def _router_init(name: str, assignments: list[str] | None) -> "RouterInit":
+    options = parse_assignments("--router-init-set", assignments)
     from moe_hf.upcycling.router_init import make_router_init
 
-    return {"init": make_initialiser(init, options), "router_init": make_router_init(router_init, router_options)}
+    return make_router_init(name, options)
+
+
+def _say_fit(fitted: "FittedShape | None", as_json: bool) -> dict[str, Any]:
+    """Print what `--fit` counted, or return it for the JSON."""
+    if fitted is None:
+        return {}
+    if not as_json:
+        print_fit(fitted)
+    return {"fit": fitted.to_dict()}
 
 
 def _fields(assignments: list[str] | None) -> dict[str, Any]:
@@ -235,14 +263,14 @@ def _progress_bar() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _print_result(source: str, destination: Path, as_json: bool) -> None:
+def _print_result(source: str, destination: Path, as_json: bool, counted: dict[str, Any]) -> None:
     from moe_hf.inspection import inspect_model
 
     with quiet_transformers():
         facts = inspect_model(destination)
     check = facts.upcycling.get("verification")
     if as_json:
-        typer.echo(json.dumps({"folder": str(destination), **facts.to_dict()}, indent=2))
+        typer.echo(json.dumps({"folder": str(destination), **facts.to_dict(), **counted}, indent=2))
         return
     typer.echo(f"{source} -> {destination}")
     typer.echo(
@@ -259,9 +287,9 @@ def _print_result(source: str, destination: Path, as_json: bool) -> None:
         typer.echo(f"no tokenizer was found in {source}: none was saved", err=True)
 
 
-def _print_plan(plan: "UpcyclingPlan", as_json: bool) -> None:
+def _print_plan(plan: "UpcyclingPlan", as_json: bool, counted: dict[str, Any]) -> None:
     if as_json:
-        typer.echo(json.dumps(plan.to_dict(), indent=2))
+        typer.echo(json.dumps(plan.to_dict() | counted, indent=2))
         return
     print_rows(f"{plan.source}, in {plan.dtype}", _plan_rows(plan), header=("dense", "MoE"))
     typer.echo(

@@ -27,6 +27,12 @@ TELEMETRY = ("off", "brief", "detailed")
 class MoETrainingArguments(TrainingArguments):
     """`TrainingArguments` with defaults that suit a MoE, and the scope that trains."""
 
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate. Unset: the one measured for the model's size and the scope, which is said."
+        },
+    )
     scope: str | None = field(
         default=None,
         metadata={
@@ -140,6 +146,11 @@ class MoETrainingArguments(TrainingArguments):
                 f"mlp_layers says what a scope takes for experts, not which of them; scope is {self.scope!r}."
             )
         super().__post_init__()
+        if self.learning_rate is None and self.deepspeed and self.hf_deepspeed_config.get_value("optimizer"):
+            raise MoEError(
+                "learning_rate is unset, and DeepSpeed's configuration has an optimizer, which gets its rate before the model "
+                "is known: set learning_rate."
+            )
 
     def part_rates(self) -> PartRates:
         """The rates and decays that routers and experts have of their own."""

@@ -1,5 +1,6 @@
 """`MoETrainer`: transformers' Trainer with checkpoints that can be trusted and losses that a MoE needs."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -31,6 +32,7 @@ from moe_hf.trainer.arguments import MoETrainingArguments
 from moe_hf.trainer.card_arguments import take_card_arguments
 from moe_hf.trainer.checkpoints import choose_checkpoint, resume_choice, weights_at_hand
 from moe_hf.trainer.layouts import accelerate_shards, distribute, is_sharded
+from moe_hf.trainer.learning_rates import DefaultRate, default_learning_rate
 from moe_hf.trainer.resumable import ResumableTrainer
 from moe_hf.trainer.step_trainer import StepTrainer
 
@@ -58,6 +60,8 @@ class MoETrainer(StepTrainer, ResumableTrainer):
       them one by one.
     - `save_model()` writes a new folder (`output_dir/final` by default), with the dtypes that the model came with.
     - A loss or a gradient that is not finite ends the run before the optimizer step, and is named (`check_finite`).
+    - A run that names no `learning_rate` gets the one that was measured for the size of its model and its scope
+      (`default_rate`), says so, and has it in its own `args`.
     - Router losses enter the loss once, per layer, weighted by labels, so that they do not change with accumulation, the
       number of processes, label smoothing, `compute_loss_func` or a fused head; also for the models of transformers,
       on by default with the model's own coefficient (`RouterLosses`).
@@ -75,6 +79,9 @@ class MoETrainer(StepTrainer, ResumableTrainer):
         model_init (`Callable`, *optional*): makes a model instead, anew for each `train`, as `Trainer` takes it.
         kwargs: as `Trainer` takes them.
     """
+
+    # Of the measured rate, where none is named: less where the objective moves a model faster than the loss of text.
+    default_rate_share = 1.0
 
     def __init__(
         self,
@@ -102,9 +109,19 @@ class MoETrainer(StepTrainer, ResumableTrainer):
         _make_dtypes_alike(model, args)
         super().__init__(model=model, args=args, **kwargs)
         self.model_init = model_init
+        self.default_rate = self._default_rate()
         guard_saving(self._unwrapped())
         if self.scope_report is not None and self.is_world_process_zero():
             print(self.scope_report)
+
+    def _default_rate(self) -> DefaultRate | None:
+        """The rate of a run that names none, set in arguments of its own: those given may be another run's too."""
+        if self.args.learning_rate is not None:
+            return None
+        chosen = default_learning_rate(self.model, getattr(self.args, "scope", None), self.default_rate_share)
+        self.args = copy.copy(self.args)
+        self.args.learning_rate = chosen.rate
+        return chosen
 
     def _choose_what_trains(self, model: PreTrainedModel, args: TrainingArguments) -> None:
         self._given_dtypes = {name: self._given_dtype or p.dtype for name, p in model.named_parameters()}
@@ -153,6 +170,8 @@ class MoETrainer(StepTrainer, ResumableTrainer):
         Raises:
             MoEError: nothing to resume from, a damaged checkpoint, or a fresh start among an earlier run's checkpoints.
         """
+        if self.default_rate is not None and self.is_world_process_zero():
+            print(self.default_rate)
         if resume_from_checkpoint is None:
             resume_from_checkpoint = resume_choice(self.args)
         checkpoint = self._agree(lambda: choose_checkpoint(self.args.output_dir, resume_from_checkpoint))
@@ -244,6 +263,8 @@ class MoETrainer(StepTrainer, ResumableTrainer):
         found: dict[str, Any] = {"training": {}}
         if self.state.global_step > 0:
             found = run_facts(self.args.output_dir) | {"training": training_facts(vars(self.state), this_hardware())}
+            if self.default_rate is not None:
+                found["training"]["learning rate"] = str(self.default_rate).removeprefix("learning rate ")
         if "chat" not in given:
             found["chat"] = self._sample_chat()
         found["training"] |= given.pop("training", {})

@@ -126,6 +126,9 @@ class MoEDPOTrainer(_InTRL, MoETrainer, DPOTrainer):
     Without `ref_model` the reference is a copy of the model as it is given, which need not have been saved anywhere.
     """
 
+    # TRL's own default for preferences is a twentieth of its default for instructions.
+    default_rate_share = 0.1
+
     def __init__(
         self, model: PreTrainedModel, args: MoEDPOConfig, *, ref_model: PreTrainedModel | None = None, **kwargs
     ):

@@ -7,8 +7,8 @@ Letters: B batch, S sequence.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,11 +137,8 @@ def step_memory(
         model = build().train()
     with FakeTensorMode(allow_non_fake_inputs=True):
         loaded = model.dtype
-        model.to_empty(device="cpu")
-        model.tie_weights()
+        _lay_out(model)
         apply_scope(model, scope)
-        if hasattr(model.config, "_experts_implementation"):
-            model.set_experts_implementation("grouped_mm")
         if checkpointing:
             model.activation_checkpointing_enable()
             model.enable_input_require_grads()
@@ -156,23 +153,54 @@ def step_memory(
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(lambda one: counter.add(one.grad, "gradients"))
         update = OPTIMIZERS[optimizer](trained)
-        try:
-            with counter:
-                # The second step has the optimizer's state from its beginning.
-                for _ in range(2):
-                    counter.restart()
-                    _step(model, update, batch, sequence, min(accumulation, 2), autocast, counter)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            raise MoEError(
-                f"The memory of {type(model).__name__} cannot be planned: its forward pass looks at numbers "
-                f"({str(error).splitlines()[0]})."
-            ) from error
+        with _counting(model), counter:
+            # The second step has the optimizer's state from its beginning.
+            for _ in range(2):
+                counter.restart()
+                _step(model, update, batch, sequence, min(accumulation, 2), autocast, counter)
         gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
         optimizer_bytes = counter.live["fixed"] - stored
     # In later micro-batches a device has its part of all gradients from the beginning.
     held = gradients if accumulation > 1 else 0
     shared_peaks = {devices: most + held // devices for devices, most in counter.shared_peaks.items()}
     return StepMemory(stored, gradients, optimizer_bytes, counter.peak, shared_peaks)
+
+
+def forward_memory(build: Callable[[], PreTrainedModel], *, batch: int, sequence: int) -> StepMemory:
+    """Run a forward pass without gradients and without numbers, and count; arguments and errors as of `step_memory`."""
+    with torch.device("meta"):
+        model = build().eval()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _lay_out(model)
+        counter = LiveBytes()
+        for tensor in (*model.parameters(), *model.buffers()):
+            counter.add(tensor, "fixed")
+        stored = counter.live["fixed"]
+        with _counting(model), counter, torch.no_grad():
+            ids = torch.zeros(batch, sequence, dtype=torch.long)
+            result = model(input_ids=ids, use_cache=True)
+            del result
+    return StepMemory(stored, 0, 0, counter.peak, {})
+
+
+def _lay_out(model: PreTrainedModel) -> None:
+    """Give a model on the meta device its place in memory, without numbers, with the experts' usual kernels."""
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    if hasattr(model.config, "_experts_implementation"):
+        model.set_experts_implementation("grouped_mm")
+
+
+@contextmanager
+def _counting(model: PreTrainedModel) -> Iterator[None]:
+    """What a pass raises that looks at numbers, as one error."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        raise MoEError(
+            f"The memory of {type(model).__name__} cannot be planned: its forward pass looks at numbers "
+            f"({str(error).splitlines()[0]})."
+        ) from error
 
 
 def _step(

@@ -41,7 +41,9 @@ def test_every_shipped_recipe_parses(path, tmp_path):
     classes = classes if path.stem.startswith("pretrain") else (*classes, ComparisonArguments)
     argv = ["--config", str(path), "--output_dir", str(tmp_path)]
     first, data, training, *_ = MoEArgumentParser(classes).parse(argv)
-    assert data.dataset.startswith("builtin") and training.max_steps > 0 and training.learning_rate > 0
+    assert data.dataset.startswith("builtin") and training.max_steps > 0
+    # A pretrained model's rate depends on its size.
+    assert (training.learning_rate is None) == (not path.stem.startswith("pretrain"))
     assert training.scope in ("moe", "all", "expert_lora", None)
     assert (training.scope is None) == path.stem.startswith("pretrain")
     assert find_recipe(path.stem) == find_recipe(path.name) == path

@@ -42,6 +42,7 @@ from moe_hf.reporting.routing_statistics import routing_statistics
 
 from .bigram import KneserNeyBigram, neighbours
 from .card import card_facts
+from .forecast import continued_rate, forecast
 from .settings import ARMS, Settings, dense_config, parse_arguments
 from .stages import Stages
 from .steps import (
@@ -242,9 +243,9 @@ class Demo:
             report = apply_scope(model, arm.scope)
             print(report, flush=True)
             rows = self.training_rows(seed, 0 if settings.source else settings.pretraining_tokens, int(tokens))
-            result = train(
-                model, rows, folder / "trainer", learning_rate=settings.continued_learning_rate, **self.recipe(seed)
-            )
+            rate = continued_rate(settings, model, arm.scope)
+            result = train(model, rows, folder / "trainer", learning_rate=rate, **self.recipe(seed))
+            result["learning_rate"] = rate
             result |= self.finish(model, folder) | asdict(arm)
             result["trainable_parameters"] = report.trainable_parameters
             if arm.start == "moe":
@@ -291,6 +292,18 @@ class Demo:
 
         return self.stage(f"seed{seed}/{name}-shared", list(records.values()), build)
 
+    def forecast(self) -> dict[str, Any]:
+        """What the stages of a source will take, said before the first one."""
+        names = ("source", "seeds", "block_size", "batch_size", "num_experts", "num_experts_per_tok")
+        names += ("continued_tokens", "evaluation_tokens")
+
+        def build(folder: Path) -> dict[str, Any]:
+            return forecast(self.settings, self.output_dir, EVALUATION_BATCH)
+
+        return self.stage(
+            "forecast", [], build, **self.pick(*names), device=self.device, source_files=self.source_files()
+        )
+
     def run_seed(self, data: dict, seed: int) -> dict[str, Any]:
         """All stages of one seed."""
         records = {"bigram": self.bigram(data, seed), "dense": self.dense(data, seed)}
@@ -308,6 +321,8 @@ class Demo:
     def run(self) -> dict[str, Any]:
         """Run what is not there yet and return the results of all seeds."""
         start = time.perf_counter()
+        if self.settings.source is not None:
+            self.forecast()
         data = self.data()
         seeds = [self.run_seed(data, seed) for seed in range(self.settings.seeds)]
         machine = {

@@ -29,7 +29,8 @@ class Settings:
     pretraining_tokens: int = 1_003_520
     pretraining_learning_rate: float = 3e-3
     continued_tokens: int = 245_760
-    continued_learning_rate: float = 1e-3
+    # 0: 1e-3 for a model from scratch, and for a source what was measured for its size and each scope.
+    continued_learning_rate: float = 0.0
     warmup_share: float = 0.05
     weight_decay: float = 0.1
     num_experts: int = 8

@@ -157,6 +157,13 @@ def control_arm(
     return Arm(CONTROL, chosen, dense, CONTROL_FOLDER)
 
 
+def at_rate(arm: Arm, rate: float) -> Arm:
+    """The arm with the rate that it starts from, which may be the default of its model's size."""
+    args = copy.copy(arm.training_args)
+    args.learning_rate = rate
+    return replace(arm, training_args=args)
+
+
 def of_layers(arm: Arm, layers: list[int]) -> Arm:
     """The control of a MoE that has experts in `layers`, where its scope asks for them."""
     args = copy.copy(arm.training_args)

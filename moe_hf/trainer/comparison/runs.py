@@ -21,7 +21,16 @@ from moe_hf.finetuning.scopes import layer_of
 from moe_hf.inspection import inspect_model, training_flops
 from moe_hf.trainer.arguments import ModelArguments, MoETrainingArguments
 from moe_hf.trainer.checkpoints import resume_choice
-from moe_hf.trainer.comparison.arms import CONTROL, OURS, Arm, ComparisonArguments, control_arm, of_layers, our_arm
+from moe_hf.trainer.comparison.arms import (
+    CONTROL,
+    OURS,
+    Arm,
+    ComparisonArguments,
+    at_rate,
+    control_arm,
+    of_layers,
+    our_arm,
+)
 from moe_hf.trainer.comparison.progress import Run, progress_line
 from moe_hf.trainer.comparison.record import COMPARISON_FILE, Record, settings_of, write_json
 from moe_hf.trainer.comparison.report import Metrics, mean_loss, print_summary, summary
@@ -96,10 +105,8 @@ class _Comparison:
         self.comparison, self.record, self.make, self.measure = comparison, record, make, measure
         self.folder = Path(ours.training_args.output_dir)
         self.is_main = ours.training_args.process_index == 0
-        count = comparison.rates_per_arm()
-        self.sweeps = {
-            name: [_trial(name, rate) for rate in arm.rates(count)] if count else [] for name, arm in self.arms.items()
-        }
+        # Known once the models are: where no rate is named, it is that of their size.
+        self.sweeps: dict[str, list[Run]] = {}
         self.seeds = [
             Run(f"seed {seed}, {name}", name, None, seed)
             for seed in range(comparison.comparison_seeds)
@@ -111,6 +118,10 @@ class _Comparison:
         before = {OURS: self._before(OURS)}
         self.arms[CONTROL] = of_layers(self.arms[CONTROL], before[OURS]["moe_layers"])
         before[CONTROL] = self._before(CONTROL)
+        count = self.comparison.rates_per_arm()
+        for name in self.arms:
+            self.arms[name] = at_rate(self.arms[name], before[name]["learning_rate"])
+            self.sweeps[name] = [_trial(name, rate) for rate in self.arms[name].rates(count)] if count else []
         chosen = {name: self._choose(name) for name in self.arms}
         self.seeds = [Run(r.name, r.arm, chosen[r.arm]["learning_rate"], r.seed) for r in self.seeds]
         for run in self.seeds:
@@ -139,6 +150,7 @@ class _Comparison:
         result = {
             # DeepSpeed evaluates what it has trained.
             "before": None if trainer.is_deepspeed_enabled else self.measure(trainer),
+            "learning_rate": trainer.args.learning_rate,
             "trained": "the parameters that required gradients" if scope is None else str(scope),
             "moe_layers": sorted(layer for layer in layers if layer is not None),
             "total_parameters": facts.total_parameters if scope is None else scope.total_parameters,
