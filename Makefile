@@ -39,8 +39,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP)  ## create .venv and install moe_hf with its exact tested versions
 
-demo: $(STAMP)  ## the main job on real text: dense -> MoE -> fine-tuned -> compared (SEEDS=3, SOURCE=<Hub id or folder>)
-	SEEDS='$(SEEDS)' SOURCE='$(SOURCE)' $(BIN)/python -m training.demo
+demo: $(STAMP)  ## the main job on real text: dense -> MoE -> fine-tuned -> compared (SEEDS=3, SOURCE=<Hub id or folder>); REAL=1: with a pretrained model (MINUTES=25)
+	REAL='$(REAL)' SEEDS='$(SEEDS)' SOURCE='$(SOURCE)' MINUTES='$(MINUTES)' $(BIN)/python -m training.demo
 
 test: $(STAMP)  ## the tests that every change runs, under 25 minutes on 2 cores
 	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist worksteal

@@ -30,8 +30,9 @@ from benchmarks.study import TINY as TINY_STUDY
 from benchmarks.study import Settings as StudySettings
 from benchmarks.study import Study
 from moe_hf.errors import MoEError
+from moe_hf.inspection import forward_flops
 from moe_hf.upcycling.initialisers import Granular
-from training.demo.steps import batches, forward_flops
+from training.demo.steps import batches
 
 
 DENSE = "dense"

@@ -81,9 +81,8 @@ class Arm:
     specialists: bool = False
 
 
-def _split(experts: int, chosen: int, scale: float) -> Arm:
-    letter = "K" if scale == chosen else "E"
-    return Arm(f"split, {chosen} of {experts}, scale {letter}", "split", {"scale": scale}, experts, chosen)
+def _split(experts: int, chosen: int, letters: str, scale: float) -> Arm:
+    return Arm(f"split, {chosen} of {experts}, scale {letters}", "split", {"scale": scale}, experts, chosen)
 
 
 ARMS = {
@@ -97,9 +96,9 @@ ARMS = {
     "granular": Arm("granular, 2 shards", "granular", {"shards": 2}, 8, 4),
     "mix": Arm("mix of the model and two specialists", "mix", specialists=True),
     **{
-        f"split_{k}of{e}_{letter}": _split(e, k, scale)
+        f"split_{k}of{e}_{name}": _split(e, k, letters, scale)
         for e, k in ((4, 2), (8, 4), (8, 2), (16, 4))
-        for letter, scale in (("E", e), ("K", k))
+        for name, letters, scale in (("E", "E", e), ("K", "K", k), ("mean", "sqrt(K E)", (k * e) ** 0.5))
     },
 }
 

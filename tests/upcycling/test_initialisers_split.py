@@ -44,31 +44,33 @@ def outputs_of_pairs(dense, scale):
 
 
 @pytest.mark.parametrize(
-    ("scale", "kept"), [(None, 1 / 3), (6.0, 1.0), (3.0, 0.5)], ids=["default", "mean", "LLaMA-MoE"]
+    ("scale", "kept"),
+    [(None, 12**0.5 / 6), (2.0, 1 / 3), (6.0, 1.0), (3.0, 0.5)],
+    ids=["default", "sum", "mean", "LLaMA-MoE"],
 )
 def test_the_mean_over_choices_is_the_part_of_the_dense_output_that_the_scale_keeps(scale, kept):
     outputs, expected, moe = outputs_of_pairs(tiny_dense("starcoder2", intermediate_size=96), scale)
     torch.testing.assert_close(outputs.mean(0), kept * expected, rtol=1e-4, atol=1e-5)
-    assert moe.config.upcycling["init"]["options"]["scale"] == (2.0 if scale is None else scale)
+    assert moe.config.upcycling["init"]["options"]["scale"] == (12**0.5 if scale is None else scale)
 
 
-def test_by_default_the_chosen_parts_add_up_as_in_the_dense_mlp():
+def test_at_scale_k_the_chosen_parts_add_up_as_in_the_dense_mlp():
     """Pairs that share no part are the whole MLP together."""
-    outputs, expected, _ = outputs_of_pairs(tiny_dense("starcoder2", intermediate_size=96), None)
+    outputs, expected, _ = outputs_of_pairs(tiny_dense("starcoder2", intermediate_size=96), 2.0)
     pairs = torch.combinations(torch.arange(6), 2).tolist()
     three = [pairs.index(pair) for pair in ([0, 1], [2, 3], [4, 5])]
     torch.testing.assert_close(outputs[three].sum(0), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_no_scale_is_nearer_to_the_dense_output_than_the_default_by_much():
-    """Neurons of random weights are nearly uncorrelated; scale E has E / K times the squared error."""
+def test_of_uncorrelated_parts_scale_k_is_nearest_and_the_default_nearer_than_scale_e():
+    """Neurons of random weights are nearly uncorrelated; scale E has E / K times the squared error of scale K."""
     dense = tiny_dense("starcoder2", intermediate_size=96)
     errors = {}
-    for scale in (None, 1.0, 3.0, 6.0):
+    for scale in (1.0, 2.0, None, 6.0):
         outputs, expected, _ = outputs_of_pairs(dense, scale)
         errors[scale] = float((outputs - expected).square().mean())
-    assert errors[None] < min(errors[1.0], errors[3.0]) < errors[6.0]
-    assert errors[6.0] / errors[None] == pytest.approx(6 / 2, rel=0.2)
+    assert errors[2.0] < errors[None] < errors[6.0] and errors[2.0] < errors[1.0]
+    assert errors[6.0] / errors[2.0] == pytest.approx(6 / 2, rel=0.2)
 
 
 @pytest.mark.parametrize("gate", [False, True])

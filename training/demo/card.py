@@ -1,4 +1,4 @@
-"""What the card of the demo's MoE says: measured beside its dense parent, with the run that made it."""
+"""What the cards of the MoEs say: measured beside the dense parent, with the run that made them."""
 
 import shlex
 from dataclasses import fields
@@ -7,7 +7,8 @@ from typing import Any
 
 from moe_hf.reporting.card_facts import this_hardware, training_facts
 
-from .settings import ARMS, Settings
+from .settings import ARMS, MINUTES, MINUTES_PER_SEED, RealSettings, Settings
+from .source import BASE_MODEL, LICENSE
 from .tables import ROWS
 
 
@@ -27,18 +28,7 @@ def card_facts(
         report (`Path`): folder of its routing report.
     """
     measured = {arm: records[arm]["result"]["held_out"] for arm in (name, "dense", control)}
-    results = [
-        {
-            "dataset": f"CPython {domain}, held-out documents",
-            "split": domain,
-            "metric": shown,
-            "value": round(of_domain[metric], 4),
-            "parent": round(measured["dense"][domain][metric], 4),
-        }
-        for domain, of_domain in measured[name].items()
-        if domain != "all"
-        for metric, shown in METRICS.items()
-    ]
+    results = result_facts(measured[name], measured["dense"])
     losses = {arm: f"{found['all']['token_loss']:.4f}" for arm, found in measured.items()}
     facts = {
         "training": {"scope": ARMS[name].scope} | training_facts(training, this_hardware()),
@@ -57,16 +47,87 @@ def card_facts(
     return facts
 
 
+def result_facts(measured: dict[str, dict], parent: dict[str, dict]) -> list[dict[str, Any]]:
+    """What a model was measured at on the text that nobody trained on, beside its dense parent, by domain."""
+    return [
+        {
+            "dataset": f"CPython {domain}, held-out documents",
+            "split": domain,
+            "metric": shown,
+            "value": round(of_domain[metric], 4),
+            "parent": round(parent[domain][metric], 4),
+        }
+        for domain, of_domain in measured.items()
+        if domain != "all"
+        for metric, shown in METRICS.items()
+    ]
+
+
+def real_card_facts(records: dict[str, dict], settings: RealSettings, training: Path, report: Path) -> dict[str, Any]:
+    """Facts for [`moe_hf.hub.save_model`] about the fine-tuned MoE of a pretrained model, of the first seed.
+
+    Args:
+        records (`dict`): of the stages, by name.
+        settings (`RealSettings`): what they ran with.
+        training (`Path`): folder of the trainer of the best run.
+        report (`Path`): folder of its routing report.
+    """
+    parent, moe, control = (records[name]["result"] for name in ("dense", "seed0/moe-best", "seed0/dense-best"))
+    losses = [f"{one['held_out']['all']['token_loss']:.4f}" for one in (parent, control, moe)]
+    rate = {
+        "learning rate": f"{moe['learning_rate']:g}, the best of {', '.join(f'{rate:g}' for rate, _ in moe['rates'])}"
+    }
+    facts = {
+        "training": {"scope": "moe"} | rate | training_facts(training, this_hardware()),
+        "results": result_facts(moe["held_out"], parent["held_out"]),
+        "routing_report": report,
+        "commands": [real_command(settings)],
+        "limits": [
+            "Made by a demonstration in minutes, on the source and the manual of CPython alone.",
+            f"The dense parent has {losses[0]} nats/token over all held-out text. Its MLPs in the layers that have experts here, "
+            f"trained on the same {moe['tokens']:,} tokens at their own best rate, come to {losses[1]}; this model has {losses[2]}.",
+        ],
+    }
+    if settings.source is None:
+        facts |= {"title": "smollm2-135m-moe", "base_model": BASE_MODEL, "license": LICENSE, "language": "en"}
+        facts["limits"].append("The dense parent's weights were quantised to 4 bits, and are read from there.")
+    return facts
+
+
+def real_command(settings: RealSettings) -> str:
+    """What makes this model again, as a user types it."""
+    changed = _changed(settings)
+    # Without them they follow from the number of seeds.
+    if settings.minutes == (MINUTES if settings.seeds == 1 else MINUTES_PER_SEED * settings.seeds):
+        changed.pop("minutes", None)
+    if settings.seeds == 1:
+        changed.pop("seeds", None)
+    if set(changed) <= {"seeds", "minutes"}:
+        return " ".join(["make demo REAL=1", *(f"{name.upper()}={value}" for name, value in changed.items())])
+    return " ".join(["python -m training.demo --real", *_options(changed)])
+
+
 def command(settings: Settings, seed: int) -> str:
     """What makes this model again; a folder of the user's is not named."""
-    changed = {
-        field.name: str(getattr(settings, field.name))
-        for field in fields(Settings)
-        if field.name != "seeds" and getattr(settings, field.name) != field.default
-    }
-    if "source" in changed and Path(changed["source"]).expanduser().is_dir():
-        changed["source"] = "FOLDER"
+    changed = _changed(settings)
+    changed.pop("seeds", None)
     if seed:
         changed["seeds"] = str(seed + 1)
-    options = [f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in changed.items()]
-    return " ".join(["python -m training.demo", *options]) if options else "make demo"
+    return " ".join(["python -m training.demo", *_options(changed)]) if changed else "make demo"
+
+
+def _changed(settings: Settings | RealSettings) -> dict[str, str]:
+    """The settings that are not their defaults, as text."""
+    changed = {
+        field.name: f"{value:g}" if isinstance(value := getattr(settings, field.name), float) else str(value)
+        for field in fields(settings)
+        if getattr(settings, field.name) != field.default
+    }
+    path = Path(changed.get("source", "")).expanduser()
+    if "source" in changed and path.exists():
+        changed["source"] = "FOLDER" if path.is_dir() else "FILE.gguf"
+    return changed
+
+
+def _options(changed: dict[str, str]) -> list[str]:
+    return [f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in changed.items()]

@@ -9,11 +9,7 @@ fine-tuned MoE with its card, ready for `moe-hf push`; and `results.json`. A sec
 same.
 """
 
-import hashlib
 import json
-import os
-import platform
-import resource
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -23,103 +19,36 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import moe_hf
-from moe_hf.data import builtin_corpus, corpus_fingerprint, split_by_document, tokenize_and_pack, train_tokenizer
-from moe_hf.errors import MoEError
+from moe_hf.data import train_tokenizer
 from moe_hf.finetuning import apply_scope
 from moe_hf.hub import save_model
-from moe_hf.inspection import forward_flops
-from moe_hf.reporting.report import write_report
-from moe_hf.reporting.routing_statistics import routing_statistics
 
+from .base import Job
 from .bigram import KneserNeyBigram, neighbours
 from .card import card_facts
 from .forecast import continued_rate, forecast
-from .settings import ARMS, Settings, dense_config, parse_arguments
-from .stages import Stages
-from .steps import (
-    batches,
-    can_pack,
-    count_parameters,
-    evaluate,
-    limit_code,
-    reload_and_sample,
-    save_probe,
-    train,
-)
+from .real import RealDemo
+from .real_tables import write_results
+from .settings import ARMS, RealSettings, Settings, dense_config, parse_arguments
+from .steps import can_pack, reload_and_sample, save_probe, train
 from .tables import print_results, summary
 
 
-EVALUATION_BATCH = 16
 PROMPTS = ("def __init__(self, ", "import os\n", "The following ")
 
 
-class Demo:
-    """The stages, in order; each returns its record and keeps its files below the output folder."""
-
-    def __init__(self, settings: Settings, output_dir: Path) -> None:
-        self.settings = settings
-        self.output_dir = output_dir
-        self.stages = Stages(output_dir, say=lambda line: print(line, flush=True))
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def stage(self, name: str, after: list[dict], build, **settings: Any) -> dict[str, Any]:
-        """Run a stage whose results depend on `settings` and on the stages `after` which it comes."""
-        earlier = [hashlib.sha256(json.dumps(r["settings"], sort_keys=True).encode()).hexdigest()[:16] for r in after]
-        return self.stages.run(name, settings | {"after": earlier}, build)
-
-    def pick(self, *names: str) -> dict[str, Any]:
-        """Some of the settings."""
-        return {name: getattr(self.settings, name) for name in names}
-
-    def load(self, name: str) -> PreTrainedModel:
-        """The model of a stage, in float32."""
-        return AutoModelForCausalLM.from_pretrained(self.stages.folder(name), dtype=torch.float32).to(self.device)
-
-    def held_out(self) -> dict[str, datasets.Dataset]:
-        """Packed held-out rows by domain."""
-        folders = sorted((self.stages.folder("data") / "held_out").iterdir())
-        return {folder.name: datasets.load_from_disk(str(folder)).with_format("torch") for folder in folders}
-
-    def probe_ids(self) -> torch.Tensor:
-        """Token ids of two held-out rows of each domain."""
-        return torch.cat([rows[:2]["input_ids"].long() for rows in self.held_out().values()])
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of all models."""
-        return AutoTokenizer.from_pretrained(self.stages.folder("data") / "tokenizer")
-
-    def recipe(self, seed: int) -> dict[str, Any]:
-        """What all trainings share."""
-        return {"seed": seed, **self.pick("batch_size", "warmup_share", "weight_decay")}
-
-    def training_rows(self, seed: int, first_token: int, num_tokens: int) -> datasets.Dataset:
-        """Rows of the training text in the order of `seed`, from the token `first_token` on; whole batches."""
-        rows = datasets.load_from_disk(str(self.stages.folder("data") / "train")).with_format("torch")
-        step = self.settings.batch_size * self.settings.block_size
-        first, count = (tokens // step * self.settings.batch_size for tokens in (first_token, num_tokens))
-        if first + count > len(rows):
-            raise MoEError(
-                f"{num_tokens:,} training tokens from token {first_token:,} on are asked for, the corpus has "
-                f"{len(rows) * self.settings.block_size:,}: raise code_characters or lower the token counts."
-            )
-        return rows.select(np.random.default_rng(seed).permutation(len(rows))[first : first + count])
+class Demo(Job):
+    """The toy: a dense model from scratch, or a source, its MoE, and the arms of both."""
 
     def data(self) -> dict[str, Any]:
         """Corpus -> documents held out -> tokenizer -> blocks."""
 
         def build(folder: Path) -> dict[str, Any]:
             settings = self.settings
-            train_text, held_out_text = split_by_document(builtin_corpus(), settings.held_out_share)
-            train_text = limit_code(train_text, settings.code_characters)
+            train_text, held_out_text = self.split_text()
             packed = True
             if settings.source is None:
                 tokenizer = train_tokenizer(train_text, settings.vocab_size)
@@ -127,34 +56,12 @@ class Demo:
                 tokenizer = AutoTokenizer.from_pretrained(settings.source)
                 packed = can_pack(settings.source)
             tokenizer.save_pretrained(folder / "tokenizer")
-            train_rows = tokenize_and_pack(train_text, tokenizer, settings.block_size, packed=packed)
-            train_rows.save_to_disk(folder / "train")
-            result = {
-                "corpus_sha256": corpus_fingerprint(train_text),
-                "training_characters": sum(map(len, train_text["text"])),
-                "training_tokens": len(train_rows) * settings.block_size,
-                "packed": packed,
-                "held_out_tokens": {},
-            }
-            for domain in sorted(set(held_out_text["domain"])):
-                text = held_out_text.filter(lambda row, domain=domain: row["domain"] == domain)
-                rows = tokenize_and_pack(text.shuffle(seed=0), tokenizer, settings.block_size, packed=packed)
-                rows = rows.select(range(min(len(rows), settings.evaluation_tokens // settings.block_size)))
-                rows.save_to_disk(folder / "held_out" / domain)
-                result["held_out_tokens"][domain] = len(rows) * settings.block_size
-            return result
+            held_out = {"held_out": (held_out_text, settings.evaluation_tokens)}
+            return self.save_text(folder, tokenizer, packed, train_text, held_out)
 
         names = ("source", "vocab_size", "code_characters", "held_out_share", "evaluation_tokens", "block_size")
-        versions = {"python": platform.python_version(), "moe_hf": moe_hf.__version__}
-        return self.stage("data", [], build, **self.pick(*names), **versions, source_files=self.source_files())
-
-    def source_files(self) -> list[list]:
-        """Names, sizes and times of a source folder's files, so that a changed source is noticed."""
-        folder = Path(self.settings.source or "").expanduser()
-        if self.settings.source is None or not folder.is_dir():
-            return []
-        files = sorted(file for file in folder.iterdir() if file.is_file())
-        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        more = self.versions() | {"source_files": self.source_files()}
+        return self.stage("data", [], build, **self.pick(*names), **more)
 
     def bigram(self, data: dict, seed: int) -> dict[str, Any]:
         """The baseline: a smoothed bigram model of the tokens that the dense model, or a source's MoE, is trained on."""
@@ -201,15 +108,6 @@ class Demo:
         names = [field.name for field in fields(Settings) if field.name.startswith(("pretraining", "hidden", "num_h"))]
         names += ["intermediate_size", "num_attention_heads", "batch_size", "warmup_share", "weight_decay", "source"]
         return self.stage(f"seed{seed}/dense", [data], build, seed=seed, device=self.device, **self.pick(*names))
-
-    def finish(self, model: PreTrainedModel, folder: Path) -> dict[str, Any]:
-        """Save a model with its tokenizer, and measure it."""
-        result = count_parameters(model)
-        result["forward_flops_per_token"] = forward_flops(model, self.settings.block_size)
-        result["held_out"] = evaluate(model, self.held_out(), EVALUATION_BATCH)
-        model.save_pretrained(folder)
-        self.tokenizer().save_pretrained(folder)
-        return result
 
     def upcycle(self, dense: dict, seed: int) -> dict[str, Any]:
         """Dense checkpoint -> MoE checkpoint, verified."""
@@ -271,11 +169,8 @@ class Demo:
         """Report on what the experts do with held-out text, and how far each is from its dense origin."""
 
         def build(folder: Path) -> dict[str, Any]:
-            rows = {domain: batches(rows, EVALUATION_BATCH) for domain, rows in self.held_out().items()}
-            model, dense = self.load(f"seed{seed}/{name}"), self.load(f"seed{seed}/dense")
-            statistics = routing_statistics(model, rows, tokenizer=self.tokenizer(), origin=dense)
-            write_report(statistics, folder, title=f"{name}, seed {seed}, held-out text")
-            return statistics.summary()
+            title = f"{name}, seed {seed}, held-out text"
+            return self.report(folder, f"seed{seed}/{name}", f"seed{seed}/dense", title)
 
         return self.stage(f"seed{seed}/{name}-routing", [arm], build)
 
@@ -298,7 +193,7 @@ class Demo:
         names += ("continued_tokens", "evaluation_tokens")
 
         def build(folder: Path) -> dict[str, Any]:
-            return forecast(self.settings, self.output_dir, EVALUATION_BATCH)
+            return forecast(self.settings, self.output_dir, self.evaluation_batch)
 
         return self.stage(
             "forecast", [], build, **self.pick(*names), device=self.device, source_files=self.source_files()
@@ -325,33 +220,22 @@ class Demo:
             self.forecast()
         data = self.data()
         seeds = [self.run_seed(data, seed) for seed in range(self.settings.seeds)]
-        machine = {
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if self.device == "cuda" else platform.processor() or "cpu",
-            "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__}
-            | {"transformers": transformers.__version__, "moe_hf": moe_hf.__version__},
-        }
-        return {
-            "settings": asdict(self.settings),
-            "machine": machine,
+        return self.results(time.perf_counter() - start, data, seeds) | {
             "seconds_of_all_stages": data["seconds"] + sum(seed["seconds"] for seed in seeds),
-            "seconds_of_this_run": time.perf_counter() - start,
-            "reused": self.stages.reused,
-            "built": self.stages.built,
-            "data": data["result"] | {"seconds": data["seconds"]},
-            "seeds": seeds,
             "summary": summary(seeds),
         }
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run the demo, write `results.json` and print the table; returns the results."""
+    """Run the demo that the arguments ask for, write `results.json` and print the tables; returns the results."""
     settings, output_dir = parse_arguments(arguments, __doc__.splitlines()[0])
+    is_real = isinstance(settings, RealSettings)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    results = Demo(settings, output_dir).run()
+    results = (RealDemo if is_real else Demo)(settings, output_dir).run()
     (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print_results(results, output_dir)
+    if is_real:
+        write_results(results, settings, output_dir)
+    else:
+        print_results(results, output_dir)
     return results

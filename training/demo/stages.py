@@ -23,6 +23,7 @@ class Stages:
 
     Attributes:
         reused, built: names of the stages of this run, in order.
+        expected: seconds that each stage of the whole run takes, by name, where somebody knows; then what is left is told.
     """
 
     def __init__(self, root: Path, say: Callable[[str], None] = print) -> None:
@@ -30,6 +31,7 @@ class Stages:
         self.say = say
         self.reused: list[str] = []
         self.built: list[str] = []
+        self.expected: dict[str, float] = {}
 
     def folder(self, name: str) -> Path:
         """Where a stage keeps its files."""
@@ -51,7 +53,10 @@ class Stages:
             self.reused.append(name)
             return record
         shutil.rmtree(folder, ignore_errors=True)
-        self.say(f"{name}: running")
+        # What a run that was killed had written.
+        for half in folder.parent.glob(f".{folder.name}.tmp-*"):
+            shutil.rmtree(half, ignore_errors=True)
+        self.say(f"{name}: running{self._progress(name)}")
         start = time.perf_counter()
         with atomic_folder(folder) as temporary:
             result = build(temporary)
@@ -60,6 +65,15 @@ class Stages:
         self.built.append(name)
         self.say(f"{name}: done in {record['seconds']:.1f} s")
         return json.loads(json.dumps(record))
+
+    def _progress(self, name: str) -> str:
+        """How many stages there are, which this is, and how long it takes until all are done."""
+        if name not in self.expected:
+            return ""
+        done = {*self.reused, *self.built}
+        left = sum(seconds for stage, seconds in self.expected.items() if stage not in done)
+        number = len(done & self.expected.keys()) + 1
+        return f", stage {number} of {len(self.expected)}, about {max(1, round(left / 60))} min to the end of all"
 
     def _found(self, name: str, folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         if not folder.exists():

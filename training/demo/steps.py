@@ -1,5 +1,6 @@
 """The steps of the demo that know nothing of stages: choose text, train, measure, reload."""
 
+import gc
 import json
 import os
 import subprocess
@@ -12,17 +13,22 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 from moe_hf.data import check_packing
 from moe_hf.errors import MoEError
 from moe_hf.metrics import LanguageModelMetrics, token_statistics
+from moe_hf.reporting.card_facts import TRAINER_STATE
+from moe_hf.saving import read_json_object
 from moe_hf.trainer import MoETrainer, MoETrainingArguments
 
 
+# What a MoE logs of its routers, and what that counts in the loss beside it.
+ROUTER_LOSSES = {"load_balancing_loss": "router_aux_loss_coef", "router_z_loss": "router_z_loss_coef"}
 # What a user does with a saved model, in a process of its own.
 RELOAD_PROGRAM = """
-import json, sys, torch, moe_hf
+import json, sys, torch
+{imports}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, probe, *prompts = sys.argv[1:]
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -35,7 +41,8 @@ for prompt in prompts:
     output = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=20)
     samples.append(tokenizer.decode(output[0]))
 difference = (logits - saved["logits"]).abs().max().item()
-print(json.dumps({"class": type(model).__name__, "max_abs_error": difference, "samples": samples}))
+facts = {{"class": type(model).__name__, "max_abs_error": difference, "samples": samples}}
+print(json.dumps(facts | {{"with_moe_hf": "moe_hf" in sys.modules}}))
 """
 
 
@@ -73,6 +80,16 @@ def evaluate(model: PreTrainedModel, held_out: dict[str, datasets.Dataset], batc
     return results | {"all": total}
 
 
+@torch.no_grad()
+def batch_losses(model: PreTrainedModel, rows: datasets.Dataset, batch_size: int) -> list[float]:
+    """The mean token loss of each batch of the rows, in nats/token."""
+    model.eval()
+    losses = []
+    for batch in batches(rows, batch_size):
+        losses.append(model(**{name: t.to(model.device) for name, t in batch.items()}, use_cache=False).loss.item())
+    return losses
+
+
 def train(
     model: PreTrainedModel,
     rows: datasets.Dataset,
@@ -83,6 +100,7 @@ def train(
     warmup_share: float,
     weight_decay: float,
     seed: int,
+    callbacks: tuple[TrainerCallback, ...] = (),
 ) -> dict[str, Any]:
     """Train in place, one pass over `rows` in their order; warm-up, then cosine to a tenth of the learning rate."""
     steps = len(rows) // batch_size
@@ -107,16 +125,32 @@ def train(
         seed=seed,
     )
     start = time.perf_counter()
-    trainer = MoETrainer(model=model, args=arguments, train_dataset=rows)
+    trainer = MoETrainer(model=model, args=arguments, train_dataset=rows, callbacks=list(callbacks))
     output = trainer.train()
     # For the card: steps, tokens and time.
     trainer.save_state()
+    # It and the model hold each other, and with them the optimizer's numbers.
+    del trainer
+    gc.collect()
     return {
         "tokens": steps * batch_size * len(rows[0]["input_ids"]),
         "steps": steps,
         "training_seconds": time.perf_counter() - start,
         "mean_training_loss": output.training_loss,
     }
+
+
+def loss_curve(trainer: Path, config: PreTrainedConfig) -> list[tuple[int, float]]:
+    """Steps and the mean loss of the text of the steps since the log before, just before each was trained on, in nats/token.
+
+    What the losses of the routers added to it is taken away again: a dense model has none.
+    """
+    weights = {name: getattr(config, field, None) or 0.0 for name, field in ROUTER_LOSSES.items()}
+    history = [row for row in read_json_object(trainer / TRAINER_STATE)["log_history"] if "loss" in row]
+    return [
+        (row["step"], row["loss"] - sum(weight * row.get(name, 0.0) for name, weight in weights.items()))
+        for row in history
+    ]
 
 
 def limit_code(dataset: datasets.Dataset, characters: int) -> datasets.Dataset:
@@ -151,13 +185,22 @@ def save_probe(model: PreTrainedModel, input_ids: torch.Tensor, path: Path) -> N
     model.to(device)
 
 
-def reload_and_sample(folder: Path, prompts: tuple[str, ...]) -> dict[str, Any]:
+def reload_and_sample(
+    folder: Path, prompts: tuple[str, ...], probe: Path | None = None, *, with_moe_hf: bool = True
+) -> dict[str, Any]:
     """Load a saved model in a fresh process with plain `from_pretrained`, compare its logits with the probe's, sample.
+
+    Args:
+        folder (`Path`): the model, absolute.
+        prompts (`tuple`): what is continued.
+        probe (`Path`, *optional*): of `save_probe`; `probe.pt` of the folder if not given.
+        with_moe_hf (`bool`): whether the process imports this package first.
 
     Raises:
         MoEError: the process failed; with the end of what it said.
     """
-    program = [sys.executable, "-c", RELOAD_PROGRAM, str(folder), str(folder / "probe.pt"), *prompts]
+    source = RELOAD_PROGRAM.format(imports="import moe_hf" if with_moe_hf else "")
+    program = [sys.executable, "-c", source, str(folder), str(probe or folder / "probe.pt"), *prompts]
     done = subprocess.run(program, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     if done.returncode:
         raise MoEError(f"{folder} could not be loaded and sampled in a fresh process:\n{done.stderr[-2000:]}")

@@ -21,11 +21,10 @@ class Split(Initialiser):
     """Each neuron of the dense MLP goes to one expert; a token uses K of the E parts, so that the function changes.
 
     With weights w_i that sum to 1, the output is scale * sum_i w_i FFN_i(x) over the K chosen parts, where the sum of all
-    FFN_i is the dense MLP. scale = K, the default, adds the chosen parts as the dense MLP does: for equal weights the
-    output is the dense one without the other parts, and equal to it for K = E. Parts that are uncorrelated, as random ones
-    nearly are, have no estimate of the dense output that is nearer in squares; with parts of correlation r it is
-    K (1 + (E - 1) r) / (1 + (K - 1) r). scale = E makes the mean over random choices the dense output, at E / K times the
-    squared error. LLaMA-MoE's code has E / K.
+    FFN_i is the dense MLP. scale = K adds the chosen parts as the dense MLP does, and scale = E makes the mean over random
+    choices the dense output. The factor of least squares lies between: of parts with correlation r it is
+    K (1 + (E - 1) r) / (1 + (K - 1) r). The default is the geometric mean of both, sqrt(K E), which is exact for K = E and
+    equal weights, and started nearest to the dense model wherever it was measured. LLaMA-MoE's code has E / K.
 
     With a shared expert of width S (`shared_expert_intermediate_size`), the S neurons that matter most on the user's
     tokens go there, unscaled, and only the others are cut.
@@ -33,7 +32,7 @@ class Split(Initialiser):
     Attributes:
         by: which neurons go together: `"random"`, `"contiguous"`, `"kmeans"` (of the rows of the gate projection),
             `"coactivation"` (active on the same tokens), or `"importance"` (matter on the same kind of token).
-        scale: factor on the experts' output; K if not given.
+        scale: factor on the experts' output; sqrt(K E) if not given.
     """
 
     name: ClassVar[str] = "split"
@@ -80,8 +79,8 @@ class Split(Initialiser):
         return replace(self, scale=self.output_scale(config))
 
     def output_scale(self, config: MoEConfig) -> float:
-        """`scale`, or K."""
-        return float(config.num_experts_per_tok if self.scale is None else self.scale)
+        """`scale`, or the geometric mean of K and E."""
+        return math.sqrt(config.num_experts_per_tok * config.num_experts) if self.scale is None else float(self.scale)
 
     def expert_width(self, dense_widths: tuple[int, ...], config: MoEConfig) -> int:
         """An E-th of the neurons that are not in the shared expert."""
