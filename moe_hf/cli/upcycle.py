@@ -118,21 +118,12 @@ def upcycle(
     A run that was interrupted is continued by the same command.
     """
     with user_errors():
-        from moe_hf.dtypes import dtype_name
-
         if not dry_run:
             _check_destination(destination)
-        dtype = dtype_name(dtype, DTYPES)
-        chosen = {
-            "num_experts": num_experts,
-            "num_experts_per_tok": num_experts_per_tok,
-            "preset": preset,
-            "noise": noise,
-            "shared_share": shared_share,
-            "seed": seed,
-            "router_init": _router_init(router_init, router_init_options),
-            **_fields(fields),
-        }
+        dtype = _dtype(dtype)
+        chosen = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, "preset": preset}
+        chosen |= {"noise": noise, "shared_share": shared_share, "seed": seed}
+        chosen |= {"router_init": _router_init(router_init, router_init_options), **_fields(fields)}
         run = {"scope": scope, "batch": batch, "sequence": sequence, "checkpointing": checkpointing}
         run |= {"init": init, "init_options": init_options, "dtype": dtype, "allow_inexact": allow_inexact}
         fitted = fitted_shape(source, fit, chosen | run)
@@ -143,15 +134,18 @@ def upcycle(
         if dry_run:
             _print_plan(plan, as_json, counted)
             return
-        chosen |= {
-            "allow_inexact": allow_inexact,
-            "inputs": None if inputs is None else read_token_ids(inputs, source),
-            "data": data,
-        }
+        ids = None if inputs is None else read_token_ids(inputs, source)
+        chosen |= {"allow_inexact": allow_inexact, "inputs": ids, "data": data}
         if dtype != "auto" or not _stream(source, destination, chosen, not no_verify, max_shard_size, restart):
             streamed_only = dtype != "auto" and (no_verify or restart)
             _in_memory(source, destination, chosen, dtype, max_shard_size, streamed_only)
         _print_result(source, destination, as_json, counted)
+
+
+def _dtype(name: str) -> str:
+    from moe_hf.dtypes import dtype_name
+
+    return dtype_name(name, DTYPES)
 
 
 def _init(name: str, assignments: list[str] | None) -> "Initialiser":

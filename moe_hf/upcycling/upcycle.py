@@ -29,8 +29,8 @@ from moe_hf.unwrapping import whole_model
 from moe_hf.upcycling.fill import copy_other_weights, fill_blocks
 from moe_hf.upcycling.initialisers import Initialiser
 from moe_hf.upcycling.method import UpcyclingMethod
-from moe_hf.upcycling.observations import observe
-from moe_hf.upcycling.prepare import prepare
+from moe_hf.upcycling.observations import Observations, observe
+from moe_hf.upcycling.prepare import Preparation, prepare
 from moe_hf.upcycling.probe import RoutingRecorder
 from moe_hf.upcycling.router_init import RouterInit
 from moe_hf.upcycling.sample_text import SampleText, sample_text, tokenizer_of
@@ -118,8 +118,7 @@ def upcycle(
         allow_inexact=allow_inexact,
         config_fields=config_fields,
     )
-    method, config, models, sites = ready.method, ready.config, ready.models, ready.sites
-    model = models[0]
+    method, config, model, sites = ready.method, ready.config, ready.models[0], ready.sites
 
     @cache
     def find_tokenizer() -> PreTrainedTokenizerBase | None:
@@ -132,14 +131,7 @@ def upcycle(
     # Before the work begins, since data may not be there.
     checked = text() if data is None else sample_text(model.config, find_tokenizer, data)
     seen = observe(method, config, lambda: model, sites[0], inputs, find_tokenizer, text)
-    moe = MoEForCausalLM._from_config(config).to(model.device).eval()
-    averaged = method.init.averaged(config)
-    copy_other_weights(
-        [models[index] for index in averaged], [sites[index] for index in averaged], moe, f"{moe.base_model_prefix}."
-    )
-    fill_blocks([m.base_model for m in models], sites, moe.base_model, config, method, seen.layers)
-    moe.tie_weights()
-    moe.generation_config = copy.deepcopy(ready.moe.generation_config)
+    moe = _filled(ready, seen)
     config.upcycling = {
         **source_facts(ready.source, how),
         **revision_of(model.config),
@@ -147,6 +139,20 @@ def upcycle(
         **seen.facts,
     }
     check_result(model, moe, config, moe.dtype, method, sites[0], verify_inputs, checked, allow_inexact)
+    return moe
+
+
+def _filled(ready: Preparation, seen: Observations) -> MoEForCausalLM:
+    """The MoE with its weights, on the device of the dense model."""
+    method, config, models, sites = ready.method, ready.config, ready.models, ready.sites
+    moe = MoEForCausalLM._from_config(config).to(models[0].device).eval()
+    averaged = method.init.averaged(config)
+    copy_other_weights(
+        [models[index] for index in averaged], [sites[index] for index in averaged], moe, f"{moe.base_model_prefix}."
+    )
+    fill_blocks([model.base_model for model in models], sites, moe.base_model, config, method, seen.layers)
+    moe.tie_weights()
+    moe.generation_config = copy.deepcopy(ready.moe.generation_config)
     return moe
 
 

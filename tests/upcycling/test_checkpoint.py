@@ -320,15 +320,17 @@ def test_quantized_and_moe_sources_are_refused(tmp_path):
     with pytest.raises(MoEError, match="is a moe_hf model already"):
         upcycle_checkpoint(path, tmp_path / "twice")
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "vptq"}}))
-    with pytest.raises(MoEError, match="is quantized by vptq, which transformers cannot undo"):
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(MoEError, match="is quantized by gptq"):
         upcycle_checkpoint(source, tmp_path / "other")
 
 
 def test_a_hub_id_is_fetched_first_and_a_path_is_not(tmp_path, monkeypatch):
     source = _saved(tmp_path)
     asked = []
-    monkeypatch.setattr("moe_hf.streaming.snapshot_download", lambda name, **options: asked.append(name) or source)
+    monkeypatch.setattr(
+        "moe_hf.source_folders.snapshot_download", lambda name, **options: asked.append(name) or source
+    )
     path = upcycle_checkpoint("somebody/dense", tmp_path / "moe", num_experts=2, verify=False)
     assert asked == ["somebody/dense"]
     assert json.loads((path / "config.json").read_text())["upcycling"]["source"] == "somebody/dense"

@@ -83,6 +83,7 @@ def test_in_memory_and_on_disk_give_the_same_weights(gguf, tmp_path):
     assert all(torch.equal(tensor, memory.state_dict()[name]) for name, tensor in disk.state_dict().items())
 
 
+@pytest.mark.numerics
 def test_the_moe_trains_saves_reloads_and_exports(gguf, tmp_path):
     moe = moe_hf.upcycle(gguf, num_experts=4)
     before = moe(input_ids=IDS, labels=IDS).loss.item()

@@ -144,13 +144,3 @@ def packed(model: PreTrainedModel) -> PreTrainedModel:
 def test_weights_that_are_not_there_as_numbers_are_refused(change, message):
     with pytest.raises(MoEError, match=message):
         upcycle(change(tiny_dense("llama")), num_experts=2)
-
-
-def test_a_folder_of_quantized_weights_is_refused(tmp_path):
-    model = tiny_dense("llama")
-    model.save_pretrained(tmp_path / "dense")
-    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    model.config.save_pretrained(tmp_path / "dense")
-    for way in (upcycle, lambda folder: upcycle_checkpoint(folder, tmp_path / "moe"), plan_upcycling):
-        with pytest.raises(MoEError, match="is quantized: give the checkpoint that it was made from"):
-            way(tmp_path / "dense")
