@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "CapacitySchedule": "moe_hf.trainer",
     "CapacityScheduleCallback": "moe_hf.trainer",
+    "ConvertedSource": "moe_hf.conversion",
     "DomainMixture": "moe_hf.domain_mixture",
     "ExpertBalanceCallback": "moe_hf.trainer",
     "ExpertDropoutCallback": "moe_hf.trainer",

@@ -109,7 +109,7 @@ def test_run_that_is_stopped_is_done_again(results, output_dir, monkeypatch):
 def test_spread_is_that_of_student():
     found = spread([1.0, 2.0, 3.0])
     assert (found["mean"], found["std"]) == (2.0, 1.0)
-    assert found["interval_95"] == pytest.approx(4.303 / math.sqrt(3))
+    assert found["interval_95"] == pytest.approx(4.302653 / math.sqrt(3))
     assert math.isnan(spread([1.0])["std"])
 
 

@@ -66,7 +66,7 @@ def mask_answers(
         first (`int`): answers of earlier turns are not marked.
         end_token_ids: tokens that end an answer beside the tokenizer's own `eos_token`, where a template leaves it to the next
             turn to end it (`generation_config.eos_token_id`).
-        special: [`special_tokens`] of the tokenizer, found once where many chats are masked.
+        special: what `special_tokens` gives of the tokenizer, found once where many chats are masked.
         use_markers (`bool`): whether `{% generation %}` is read where the template has it.
         template_kwargs: of the template, such as `enable_thinking`.
 

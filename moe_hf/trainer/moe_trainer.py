@@ -107,6 +107,9 @@ class MoETrainer(StepTrainer, ResumableTrainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         _make_dtypes_alike(model, args)
+        if args.learning_rate is None:
+            # The rate of this model is set in a copy: the arguments may be another run's too.
+            args = copy.copy(args)
         super().__init__(model=model, args=args, **kwargs)
         self.model_init = model_init
         self.default_rate = self._default_rate()
@@ -115,11 +118,10 @@ class MoETrainer(StepTrainer, ResumableTrainer):
             print(self.scope_report)
 
     def _default_rate(self) -> DefaultRate | None:
-        """The rate of a run that names none, set in arguments of its own: those given may be another run's too."""
+        """The rate of a run that names none, set in its arguments."""
         if self.args.learning_rate is not None:
             return None
         chosen = default_learning_rate(self.model, getattr(self.args, "scope", None), self.default_rate_share)
-        self.args = copy.copy(self.args)
         self.args.learning_rate = chosen.rate
         return chosen
 

@@ -89,6 +89,8 @@ class MoESFTTrainer(_InTRL, MoETrainer, SFTTrainer):
             super().__init__(model, args, formatting_func=formatting_func, **kwargs)
         finally:
             args.assistant_only_loss = args.assistant_only_loss or self._labels_answers
+        # A copy, where a default rate was set in it.
+        self.args.assistant_only_loss = args.assistant_only_loss
         if self._labels_answers and not isinstance(self.processing_class, PreTrainedTokenizerBase):
             raise MoEError(
                 f"assistant_only_loss=True labels text, and the processing class is a {type(self.processing_class).__name__}: "

@@ -101,7 +101,7 @@ def test_evaluation_reports_each_domain_and_equals_a_plain_loop(pretrained, text
         ("finetune", ["--model={model}", "--scope=expert"], "Did you mean 'experts'"),
         ("finetune", ["--model={model}", "--domains", "letter"], "No domain 'letter'"),
         ("finetune", ["--model={model}", "--max_train_tokens=3"], "less than one block"),
-        ("finetune", ["--model={model}", "--dtype=int8"], "dtype='int8'"),
+        ("finetune", ["--model={model}", "--dtype=int8"], "dtype is 'int8'"),
         ("pretrain", ['--model_config={{"model_type": "lama"}}'], "lama"),
         ("pretrain", ['--model_config={{"model_type": "opt"}}'], "packed documents see each other"),
     ],

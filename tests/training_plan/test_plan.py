@@ -99,7 +99,7 @@ def test_a_load_gives_a_proposal_for_each_layer(ours, tmp_path):
     ("arguments", "said"),
     [
         ({"batch": 0}, "batch is 0"),
-        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"optimizer": "adam"}, "optimizer='adam'"),
         ({"num_experts": 4}, "has experts already"),
         ({"scope": "everything"}, "scope"),
