@@ -12,7 +12,7 @@ from moe_hf.saving import verify_manifest
 from training.demo.bigram import KneserNeyBigram, neighbours
 from training.demo.card import command
 from training.demo.job import main
-from training.demo.settings import ARMS, TINY, Settings, parse_arguments
+from training.demo.settings import ARMS, MOES, SHARDS, TINY, Settings, parse_arguments
 from training.demo.stages import Stages
 from training.demo.tables import COMPARISONS
 
@@ -30,9 +30,10 @@ def results(output_dir) -> dict:
 
 def test_demo_runs_every_stage_and_leaves_ordinary_checkpoints(results, output_dir):
     seed = results["seeds"][0]
-    others = {"bigram", "dense", "moe", "moe_all-reload", "moe_moe-routing", "moe_all-routing", "moe_all-shared"}
+    others = {"bigram", "dense", *MOES, "moe_all-reload", "moe_all-shared"}
+    others |= {f"{name}-routing" for name, arm in ARMS.items() if arm.start in MOES}
     assert {"data", *(f"seed0/{name}" for name in others | ARMS.keys())} == set(results["built"])
-    for name in ("dense", "moe", *ARMS):
+    for name in ("dense", *MOES, *ARMS):
         assert (output_dir / "seed0" / name / "model.safetensors").is_file()
         assert (output_dir / "seed0" / name / "tokenizer.json").is_file()
         losses = seed[name]["held_out"]
@@ -45,9 +46,17 @@ def test_demo_runs_every_stage_and_leaves_ordinary_checkpoints(results, output_d
 
 def test_demo_upcycling_is_exact_and_changes_no_held_out_loss(results):
     seed = results["seeds"][0]
-    assert seed["moe"]["verification"]["relative_error"] <= 1e-5
-    dense, moe = (seed[name]["held_out"]["all"]["token_loss"] for name in ("dense", "moe"))
-    assert moe == pytest.approx(dense, rel=1e-6)
+    for name in MOES:
+        assert seed[name]["verification"]["relative_error"] <= 1e-5
+        dense, moe = (seed[start]["held_out"]["all"]["token_loss"] for start in ("dense", name))
+        assert moe == pytest.approx(dense, rel=1e-6)
+
+
+def test_half_width_experts_cost_a_token_what_the_dense_model_costs_and_their_routers(results):
+    dense, granular, moe = (results["seeds"][0][name] for name in ("dense", "granular", "moe"))
+    routers = 2 * TINY["num_hidden_layers"] * TINY["hidden_size"] * SHARDS * Settings.num_experts
+    assert granular["forward_flops_per_token"] - dense["forward_flops_per_token"] == routers
+    assert granular["parameters"] - moe["parameters"] == routers // 2 * (SHARDS - 1) // SHARDS
 
 
 def test_demo_trains_controls_on_equal_tokens_and_one_on_equal_flops(results):

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,35 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_hf.errors import MoEError
-from moe_hf.modeling.configuration_moe import MoEConfig
 from moe_hf.modeling.modeling_moe import MoEForCausalLM
 from moe_hf.planning import dense_on_meta, plan_upcycling
 from moe_hf.trainer.learning_rates import default_learning_rate
 from moe_hf.training_plan.fit import PROCESS_BYTES
 from moe_hf.training_plan.step_memory import step_memory
+from moe_hf.upcycling.prepare import prepare
 
-from .settings import ARMS, Settings
+from .settings import ARMS, MOES, Settings, shape
 
 
 # Of the toy, which trains its dense model itself; the README's figures are from this.
 TOY_RATE = 1e-3
 STEPS = 3
+# What the shapes leave open.
+METHOD = {
+    "preset": None,
+    "init": "copy",
+    "router_init": "normal",
+    "noise": 0.0,
+    "shared_share": 0.5,
+    "seed": 0,
+    "allow_inexact": False,
+    "config_fields": {},
+}
 # The logits of an evaluation, and what its statistics copy of them.
 COPIES_OF_LOGITS = 3
-# Saved models of one seed: the dense one and its arms, the MoE and its arms, and the one to share.
+# Saved models of one seed: the dense one and its arms, the MoEs and their arms, and the one to share.
 DENSE_FOLDERS = 1 + sum(arm.start == "dense" for arm in ARMS.values())
-MOE_FOLDERS = 2 + sum(arm.start == "moe" for arm in ARMS.values())
+MOE_FOLDERS = 1 + len(MOES) + sum(arm.start in MOES for arm in ARMS.values())
 
 
 def continued_rate(settings: Settings, model: PreTrainedModel, scope: str) -> float:
@@ -51,8 +63,7 @@ def forecast(settings: Settings, output_dir: Path, evaluation_batch: int) -> dic
     source = (
         str(Path(settings.source).expanduser()) if Path(settings.source).expanduser().is_dir() else settings.source
     )
-    shape = {"num_experts": settings.num_experts, "num_experts_per_tok": settings.num_experts_per_tok}
-    facts = plan_upcycling(source, **shape)
+    facts = plan_upcycling(source, **shape("moe", settings))
     dense, moe = facts.dense.total_parameters, facts.moe.total_parameters
     builds = _builders(source, settings)
     step = step_memory(
@@ -94,14 +105,13 @@ def _refuse_less(what: str, needed: int, free: int, instead: str) -> None:
 
 
 def _builders(source: str, settings: Settings) -> dict[str, Callable[[], PreTrainedModel]]:
-    """What makes the dense model and the MoE, with random weights, in float32."""
-    config = dense_on_meta(source).config
-    shape = {"num_experts": settings.num_experts, "num_experts_per_tok": settings.num_experts_per_tok}
-    moe_config = MoEConfig(text_config=config, **shape)
-    return {
-        "dense": lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32),
-        "moe": lambda: MoEForCausalLM._from_config(moe_config, dtype=torch.float32),
-    }
+    """What makes the dense model and the MoEs, with random weights, in float32."""
+    dense = dense_on_meta(source).config
+    builds = {"dense": lambda: AutoModelForCausalLM.from_config(dense, dtype=torch.float32)}
+    for name in MOES:
+        config = prepare(source, lambda _: (source, dense_on_meta(source)), **METHOD | shape(name, settings)).config
+        builds[name] = partial(MoEForCausalLM._from_config, config, dtype=torch.float32)
+    return builds
 
 
 def _seconds_of_step(build: Callable[[], PreTrainedModel], settings: Settings) -> float:

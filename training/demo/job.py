@@ -32,7 +32,7 @@ from .card import card_facts
 from .forecast import continued_rate, forecast
 from .real import RealDemo
 from .real_tables import write_results
-from .settings import ARMS, RealSettings, Settings, dense_config, parse_arguments
+from .settings import ARMS, MOES, RealSettings, Settings, dense_config, parse_arguments, shape
 from .steps import can_pack, reload_and_sample, save_probe, train
 from .tables import print_results, summary
 
@@ -109,30 +109,26 @@ class Demo(Job):
         names += ["intermediate_size", "num_attention_heads", "batch_size", "warmup_share", "weight_decay", "source"]
         return self.stage(f"seed{seed}/dense", [data], build, seed=seed, device=self.device, **self.pick(*names))
 
-    def upcycle(self, dense: dict, seed: int) -> dict[str, Any]:
-        """Dense checkpoint -> MoE checkpoint, verified."""
+    def upcycle(self, name: str, dense: dict, seed: int) -> dict[str, Any]:
+        """Dense checkpoint -> MoE checkpoint of the shape that `name` says, verified."""
 
         def build(folder: Path) -> dict[str, Any]:
-            settings = self.settings
             model = moe_hf.upcycle(
                 self.stages.folder(f"seed{seed}/dense"),
-                num_experts=settings.num_experts,
-                num_experts_per_tok=settings.num_experts_per_tok,
-                noise=settings.expert_noise,
+                **shape(name, self.settings),
+                noise=self.settings.expert_noise,
                 seed=seed,
                 verify_inputs=self.probe_ids(),
             ).to(self.device)
             return {"verification": model.config.upcycling["verification"]} | self.finish(model, folder)
 
         names = ("num_experts", "num_experts_per_tok", "expert_noise")
-        return self.stage(f"seed{seed}/moe", [dense], build, seed=seed, **self.pick(*names))
+        return self.stage(f"seed{seed}/{name}", [dense], build, seed=seed, **self.pick(*names))
 
-    def arm(self, name: str, dense: dict, moe: dict, seed: int) -> dict[str, Any]:
-        """Continue the training of one of the two models in a scope."""
+    def arm(self, name: str, records: dict[str, dict], seed: int) -> dict[str, Any]:
+        """Continue the training of one of the models in a scope."""
         settings, arm = self.settings, ARMS[name]
-        flops = {
-            kind: record["result"]["forward_flops_per_token"] for kind, record in (("dense", dense), ("moe", moe))
-        }
+        flops = {start: records[start]["result"]["forward_flops_per_token"] for start in ("dense", "moe")}
         tokens = settings.continued_tokens * (flops["moe"] / flops["dense"] if arm.equal_flops else 1)
 
         def build(folder: Path) -> dict[str, Any]:
@@ -146,14 +142,13 @@ class Demo(Job):
             result["learning_rate"] = rate
             result |= self.finish(model, folder) | asdict(arm)
             result["trainable_parameters"] = report.trainable_parameters
-            if arm.start == "moe":
+            if arm.start != "dense":
                 save_probe(model, self.probe_ids(), folder / "probe.pt")
             return result
 
         names = ("continued_tokens", "continued_learning_rate", "batch_size", "warmup_share", "weight_decay")
         own = {"arm": asdict(arm), "tokens": int(tokens), "seed": seed, "device": self.device}
-        after = [moe] if arm.start == "moe" else [dense]
-        return self.stage(f"seed{seed}/{name}", after, build, **own, **self.pick(*names))
+        return self.stage(f"seed{seed}/{name}", [records[arm.start]], build, **own, **self.pick(*names))
 
     def reload(self, arm: dict, name: str, seed: int) -> dict[str, Any]:
         """Load a fine-tuned MoE in a fresh process with plain `from_pretrained`, compare its logits and sample."""
@@ -202,11 +197,11 @@ class Demo(Job):
     def run_seed(self, data: dict, seed: int) -> dict[str, Any]:
         """All stages of one seed."""
         records = {"bigram": self.bigram(data, seed), "dense": self.dense(data, seed)}
-        records["moe"] = self.upcycle(records["dense"], seed)
+        records |= {name: self.upcycle(name, records["dense"], seed) for name in MOES}
         for name in ARMS:
-            records[name] = self.arm(name, records["dense"], records["moe"], seed)
+            records[name] = self.arm(name, records, seed)
         records["moe_all-reload"] = self.reload(records["moe_all"], "moe_all", seed)
-        for name in (name for name, arm in ARMS.items() if arm.start == "moe"):
+        for name in (name for name, arm in ARMS.items() if arm.start in MOES):
             records[f"{name}-routing"] = self.routing(records[name], name, seed)
         records["moe_all-shared"] = self.share(records, "moe_all", "dense_all", seed)
         return {"seed": seed, "seconds": sum(r["seconds"] for r in records.values())} | {

@@ -4,10 +4,12 @@ import argparse
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from moe_hf.errors import MoEError
+from moe_hf.upcycling.initialisers import Granular
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,20 @@ ARMS = {
     "dense_all_equal_flops": Arm("dense", "all", equal_flops=True),
     "moe_moe": Arm("moe", "moe"),
     "moe_all": Arm("moe", "all"),
+    "granular_all": Arm("granular", "all"),
 }
+# The MLP in so many parts: as many experts of half the width as there are parameters in the other MoE's, of which a token takes
+# two, so that it costs what it costs the dense model.
+SHARDS = 2
+MOES = ("moe", "granular")
+
+
+def shape(start: str, settings: Settings) -> dict[str, Any]:
+    """What `upcycle` is given for the MoE that arms start from: `"moe"`, whole experts, or `"granular"`, parts of them."""
+    if start == "granular":
+        init = Granular(shards=SHARDS)
+        return {"num_experts": SHARDS * settings.num_experts, "num_experts_per_tok": SHARDS, "init": init}
+    return {"num_experts": settings.num_experts, "num_experts_per_tok": settings.num_experts_per_tok}
 
 
 def dense_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:

@@ -13,16 +13,19 @@ COMPARISONS = {
     "scope moe against dense FFN, equal tokens": ("moe_moe", "dense_ffn"),
     "scope all against dense all, equal tokens": ("moe_all", "dense_all"),
     "scope all against dense all, equal FLOPs": ("moe_all", "dense_all_equal_flops"),
+    "half-width experts, scope all, against dense all, equal tokens and FLOPs": ("granular_all", "dense_all"),
 }
 ROWS = {
     "bigram": "bigram, Kneser-Ney",
     "dense": "dense model",
     "moe": "upcycled, not trained",
+    "granular": "upcycled, half-width experts",
     "dense_ffn": "dense, FFN only",
     "moe_moe": "MoE, scope moe",
     "dense_all": "dense, all",
     "dense_all_equal_flops": "dense, all, equal FLOPs",
     "moe_all": "MoE, scope all",
+    "granular_all": "half-width experts, scope all",
 }
 
 
