@@ -20,7 +20,7 @@ from tests.tiny_models import tiny_dense
 from training.demo import real, source
 from training.demo.budget import LEAST_STEPS, USED_SHARE, Speed, Work, token_budget
 from training.demo.card import real_card_facts, real_command
-from training.demo.chat import BEGINNINGS, chat
+from training.demo.chat import BEGINNINGS, QUESTIONS, chat
 from training.demo.job import main
 from training.demo.real_tables import facts, gains
 from training.demo.settings import REAL_TINY, RealSettings, Settings, parse_arguments
@@ -195,12 +195,14 @@ def test_the_model_to_share_is_whole_and_its_card_has_what_was_measured(results,
     shared = output_dir / "shared/model"
     verify_manifest(shared)
     card, tuned = (shared / "README.md").read_text(encoding="utf-8"), results["seeds"][0]["moe"]
-    row = "| CPython prose, held-out documents | nats/token | {:.4f} | {:.4f} |"
-    losses = (part["held_out"]["prose"]["token_loss"] for part in (tuned, results["before"]))
+    row = "| CPython prose, held-out documents | nats/token | {:.4f} | {:.4f} | {:.4f} |"
+    parts = (tuned, results["before"], results["seeds"][0]["dense"])
+    losses = (part["held_out"]["prose"]["token_loss"] for part in parts)
     assert row.format(*losses) in card
     assert f"{tuned['learning_rate']:g}, the best of 0.0001, 0.0003" in card
     assert f"| tokens | {tuned['tokens']:,} |" in card
     assert "--source FILE.gguf" in card and str(output_dir.parent) not in card
+    assert QUESTIONS[0] in card and "apply_chat_template" in card
 
 
 def test_the_card_of_the_wheels_model_names_its_parent_and_licence(results, output_dir, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_hf.reporting.card_facts import this_hardware, training_facts
 
+from .chat import QUESTIONS
 from .settings import ARMS, MINUTES, MINUTES_PER_SEED, RealSettings, Settings
 from .source import BASE_MODEL, LICENSE
 from .tables import ROWS
@@ -28,7 +29,7 @@ def card_facts(
         report (`Path`): folder of its routing report.
     """
     measured = {arm: records[arm]["result"]["held_out"] for arm in (name, "dense", control)}
-    results = result_facts(measured[name], measured["dense"])
+    results = result_facts(measured[name], parent=measured["dense"])
     losses = {arm: f"{found['all']['token_loss']:.4f}" for arm, found in measured.items()}
     facts = {
         "training": {"scope": ARMS[name].scope} | training_facts(training, this_hardware()),
@@ -47,16 +48,16 @@ def card_facts(
     return facts
 
 
-def result_facts(measured: dict[str, dict], parent: dict[str, dict]) -> list[dict[str, Any]]:
-    """What a model was measured at on the text that nobody trained on, beside its dense parent, by domain."""
+def result_facts(measured: dict[str, dict], **beside: dict[str, dict]) -> list[dict[str, Any]]:
+    """What a model was measured at on the text that nobody trained on, beside dense models (`parent`, `control`), by domain."""
     return [
         {
             "dataset": f"CPython {domain}, held-out documents",
             "split": domain,
             "metric": shown,
             "value": round(of_domain[metric], 4),
-            "parent": round(parent[domain][metric], 4),
         }
+        | {name: round(found[domain][metric], 4) for name, found in beside.items()}
         for domain, of_domain in measured.items()
         if domain != "all"
         for metric, shown in METRICS.items()
@@ -79,7 +80,7 @@ def real_card_facts(records: dict[str, dict], settings: RealSettings, training: 
     }
     facts = {
         "training": {"scope": "moe"} | rate | training_facts(training, this_hardware()),
-        "results": result_facts(moe["held_out"], parent["held_out"]),
+        "results": result_facts(moe["held_out"], parent=parent["held_out"], control=control["held_out"]),
         "routing_report": report,
         "commands": [real_command(settings)],
         "limits": [
@@ -88,6 +89,10 @@ def real_card_facts(records: dict[str, dict], settings: RealSettings, training: 
             f"trained on the same {moe['tokens']:,} tokens at their own best rate, come to {losses[1]}; this model has {losses[2]}.",
         ],
     }
+    first = moe["chat"][0]
+    if first["prompt"] in QUESTIONS:
+        turns = (("user", first["prompt"]), ("assistant", first["answer"]))
+        facts["chat"] = [{"role": role, "content": content} for role, content in turns]
     if settings.source is None:
         facts |= {"title": "smollm2-135m-moe", "base_model": BASE_MODEL, "license": LICENSE, "language": "en"}
         facts["limits"].append("The dense parent's weights were quantised to 4 bits, and are read from there.")
