@@ -10,7 +10,6 @@ experts of which a token uses one. Each length is a run of its own, whose rate f
 kind of arm and each length, the weight of the balance loss for the MoEs, by the loss on text that the results do not use.
 """
 
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -25,12 +24,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moe_hf
 from benchmarks.equal_flops_report import curves_plot, markdown_table
-from benchmarks.runs import interleaved_step_seconds, machine, token_losses, write_results
+from benchmarks.runs import interleaved_step_seconds, machine, run_study, token_losses, write_results
 from benchmarks.study import TINY as TINY_STUDY
 from benchmarks.study import Settings as StudySettings
 from benchmarks.study import Study
 from moe_hf.errors import MoEError
 from moe_hf.inspection import forward_flops
+from moe_hf.trainer.fair_comparison import choose_rate
 from moe_hf.upcycling.initialisers import Granular
 from training.demo.steps import batches
 
@@ -208,14 +208,15 @@ def not_of_the_grid(settings: Settings) -> dict[str, Any]:
 def best_of_grid(rates: tuple[float, ...], loss: Callable[[float], float], limit: int = 3) -> dict[str, Any]:
     """The rate with the least loss; one at an end of the grid is followed by the next beyond it, at most `limit` times."""
     tried = {rate: loss(rate) for rate in rates}
-    for _ in range(limit):
-        best, ordered = min(tried, key=tried.get), sorted(tried)
-        if best not in (ordered[0], ordered[-1]) or len(ordered) == 1:
+    best, at_edge = choose_rate(tried)
+    for _ in range(limit if len(rates) > 1 else 0):
+        if not at_edge:
             break
-        step = ordered[1] / ordered[0]
-        beyond = best / step if best == ordered[0] else best * step
+        lowest, second, *_ = sorted(tried)
+        step = second / lowest
+        beyond = best / step if best == lowest else best * step
         tried[beyond] = loss(beyond)
-    best = min(tried, key=tried.get)
+        best, at_edge = choose_rate(tried)
     return {"chosen": best, "validation": dict(sorted(tried.items()))}
 
 
@@ -266,7 +267,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MoEError as error:
-        sys.exit(f"Error: {error}")
+    run_study(main)

@@ -8,7 +8,6 @@ Each run is a folder of DIR with one JSON of its curve; a run that was stopped i
 `results.json`, `table.md` and `curves.png` are made from all runs at the end.
 """
 
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moe_hf
 from benchmarks.initialisers_report import curves_plot, markdown_table
-from benchmarks.runs import with_training_flops, write_results
+from benchmarks.runs import run_study, with_training_flops, write_results
 from benchmarks.study import MOE, Settings, Study, parse_study, study_parser
-from moe_hf.errors import MoEError
 from moe_hf.inspection import forward_flops
 from moe_hf.upcycling.initialisers import make_initialiser
 
@@ -118,7 +116,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MoEError as error:
-        sys.exit(f"Error: {error}")
+    run_study(main)

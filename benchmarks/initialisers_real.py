@@ -10,7 +10,6 @@ be given in pieces: the table has all that was run so far. An arm's rate is chos
 """
 
 import argparse
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from benchmarks.runs import (
     held_out_rows,
     machine,
     rows_in_order,
+    run_study,
     saved_rows,
     token_losses,
     train_arm,
@@ -315,7 +315,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MoEError as error:
-        sys.exit(f"Error: {error}")
+    run_study(main)

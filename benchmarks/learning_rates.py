@@ -13,7 +13,6 @@ Held-out documents are cut in two: a rate is chosen on `validation`, and what it
 import argparse
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from benchmarks.runs import (
     add_size_options,
     machine,
     rows_in_order,
+    run_study,
     saved_rows,
     sizes_given,
     small_llama,
@@ -277,7 +277,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MoEError as error:
-        sys.exit(f"Error: {error}")
+    run_study(main)

@@ -11,7 +11,6 @@ run of that length, so arms can be compared at any cost.
 
 import argparse
 import platform
-import sys
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -34,6 +33,7 @@ from benchmarks.runs import (
     interleaved_step_seconds,
     machine,
     rows_in_order,
+    run_study,
     saved_rows,
     sizes_given,
     small_llama,
@@ -294,7 +294,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MoEError as error:
-        sys.exit(f"Error: {error}")
+    run_study(main)

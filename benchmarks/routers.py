@@ -10,7 +10,6 @@ Each run is a folder of DIR with one JSON; a run that was stopped is done again,
 OMP_NUM_THREADS=1 for one.
 """
 
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,9 @@ from benchmarks.routing_measures import (
     time_ratio,
     update_routers,
 )
-from benchmarks.runs import write_results
+from benchmarks.runs import run_study, write_results
 from benchmarks.study import Settings, Study, parse_study, study_parser
 from moe_hf.data import builtin_corpus
-from moe_hf.errors import MoEError
 
 
 DEFAULTS = Settings(steps=200, parent_steps=800, hidden_size=64, intermediate_size=256, evaluations=2)
@@ -155,7 +153,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MoEError as error:
-        sys.exit(f"Error: {error}")
+    run_study(main)

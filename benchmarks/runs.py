@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -293,3 +294,11 @@ def write_results(results: dict[str, Any], table: str, folder: Path) -> None:
     (folder / "results.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(table, encoding="utf-8")
     print(table)
+
+
+def run_study(main: Callable[[], Any]) -> None:
+    """Run the `main` of a study; what it refuses is one sentence on the error output."""
+    try:
+        main()
+    except MoEError as error:
+        sys.exit(f"Error: {error}")

@@ -11,7 +11,6 @@ one of a small grid, the same for all, with the best validation loss with seed 0
 
 import argparse
 import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from benchmarks.runs import (
     interleaved_step_seconds,
     machine,
     rows_in_order,
+    run_study,
     saved_rows,
     sizes_given,
     small_llama,
@@ -376,7 +376,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MoEError as error:
-        sys.exit(f"Error: {error}")
+    run_study(main)

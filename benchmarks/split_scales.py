@@ -6,14 +6,12 @@ With weights that sum to 1, K of E parts of an MLP are multiplied by K (they add
 choices is the dense output), or by the geometric mean of both. Finished runs in DIR are kept, as in `benchmarks.initialisers`.
 """
 
-import sys
 from typing import Any
 
 from benchmarks.initialisers import Arm, InitialiserStudy
 from benchmarks.initialisers_report import markdown_table
-from benchmarks.runs import write_results
+from benchmarks.runs import run_study, write_results
 from benchmarks.study import Settings, parse_study, study_parser
-from moe_hf.errors import MoEError
 
 
 PAIRS = ((4, 2), (8, 4), (8, 2), (16, 4))
@@ -48,7 +46,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MoEError as error:
-        sys.exit(f"Error: {error}")
+    run_study(main)

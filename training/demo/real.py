@@ -21,7 +21,7 @@ import moe_hf
 from moe_hf.data import split_by_document
 from moe_hf.errors import MoEError
 from moe_hf.finetuning import apply_scope, find_moe_blocks
-from moe_hf.finetuning.scopes import report_scope
+from moe_hf.finetuning.scopes import layer_of
 from moe_hf.hub import save_model
 from moe_hf.inference import quantize_experts
 from moe_hf.inspection import inspect_model
@@ -179,10 +179,7 @@ class RealDemo(Job):
         model = self.load("checkpoint" if start == "dense" else f"seed{seed}/moe")
         if start == "moe":
             return model, str(apply_scope(model, "moe"))
-        # A MoE block has the name of the MLP that it was made of.
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(tuple(f"{block}." for block in blocks)))
-        return model, str(report_scope(model, f"MLPs of {len(blocks)} layers"))
+        return model, str(apply_scope(model, "moe", mlp_layers=[layer_of(block) for block in blocks]))
 
     def pace(self, earlier: dict[str, dict]) -> dict[str, Any]:
         """Time the first steps of both arms, and find how many tokens each run trains on."""
