@@ -25,7 +25,7 @@ endef
 RUN_SLICE = $(TEST_ENV) OTHER_PYTHON=$(CURDIR)/$(BIN)/python $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(SLICE)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-all test-oldest newest numerics test-gpu conformance interop check-real docs docs-serve style quality clean
+.PHONY: help demo setup test test-all test-oldest newest numerics test-gpu conformance interop check-real release-check docs docs-serve style quality clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -75,6 +75,9 @@ interop: $(STAMP)  ## servers and evaluators on our models, each in an environme
 	$(TEST_ENV) $(PYTEST) $(if $(TOOL),tests/interop/test_$(TOOL).py,tests/interop) -m interop --timeout 7200; \
 	status=$$?; $(BIN)/python -m tests.interop.results; exit $$status
 
+release-check: $(STAMP)  ## all that a release has to prove, with a report in release/report.md; hours (ONLY='wheel demo')
+	$(BIN)/python -m tests.check_release $(if $(ONLY),--only $(ONLY))
+
 test-gpu: $(STAMP)  ## the tests that need CUDA; skips itself without it
 	$(TEST_ENV) $(PYTEST) -m gpu --timeout 3600
 
@@ -93,4 +96,4 @@ quality: $(STAMP)  ## what CI checks before the tests
 	$(BIN)/ruff format --check $(SOURCES)
 
 clean:  ## remove the environment, builds and the demo's output
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) demo conformance interop dist build outputs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) demo conformance interop release dist build outputs .pytest_cache .ruff_cache .hypothesis

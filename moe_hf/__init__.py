@@ -6,7 +6,7 @@ from moe_hf.auto_classes import register_when_loaded
 from moe_hf.versions import check_installed_transformers, warn_of_untested_versions
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public names and their modules, which are imported when a name is first used: the models need torch, seconds to load.
 _MODULES = {

@@ -1,6 +1,8 @@
 """The built wheel, installed into an empty environment outside of the checkout, does all that the checkout does."""
 
+import email
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -9,11 +11,17 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
-from tests.tiny_models import tiny_dense
+import moe_hf
+from tests.documents.blocks import ROOT, blocks_of
+from tests.documents.commands import commands_of
+from tests.documents.stand_ins import LINKS, rows, write_folders
 
 
-ROOT = Path(__file__).resolve().parent.parent
+SHORT = re.compile(r"max_steps=\d+")
+QUICK = ("--dataset", "my_texts", "--block_size", "32", "--max_steps", "2", "--disable_tqdm", "true")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +49,7 @@ def installed(wheel, tmp_path_factory):
     subprocess.run(install, check=True, cwd=home)
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
 
-    def run(program: str, *arguments) -> str:
+    def run(program: str, *arguments, home: Path = home) -> str:
         command = [str(python.parent / program), *map(str, arguments)]
         done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -58,17 +66,44 @@ def test_wheel_holds_programs_recipes_and_card_template(wheel):
     assert not any(name.startswith(("tests/", "examples/", "training/")) or "__pycache__" in name for name in names)
 
 
+def test_metadata_pins_no_build_and_names_the_extras(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    for requirement in requirements:
+        assert requirement.url is None, requirement
+        for specifier in requirement.specifier:
+            # A range leaves the choice to the index that a machine has: for CUDA, ROCm or a CPU.
+            assert specifier.operator in (">=", "<") and Version(specifier.version).local is None, requirement
+    assert {"docs", "gguf", "notebook", "trl"} <= set(metadata.get_all("Provides-Extra"))
+    assert metadata["Version"] == moe_hf.__version__
+
+
 def test_wheel_runs_every_command_outside_of_the_checkout(installed, tmp_path):
-    tiny_dense("llama").save_pretrained(tmp_path / "dense")
+    """What the README shows first, as it is printed: folders have the names of models, and training is short."""
+    write_folders(tmp_path)
+    for name in LINKS:
+        (tmp_path / name).unlink()
     assert str(ROOT) not in installed("python", "-c", "import moe_hf; print(moe_hf.__file__)")
-    assert "upcycle" in installed("moe-hf", "--help")
-    installed("moe-hf", "upcycle", tmp_path / "dense", tmp_path / "moe", "--num-experts", 2)
-    assert (tmp_path / "moe" / "README.md").is_file()
-    assert installed("moe-hf", "verify", tmp_path / "dense", tmp_path / "moe").startswith("equal")
-    assert "routed experts" in installed("moe-hf", "inspect", tmp_path / "moe")
+    python = next(block for block in blocks_of(ROOT / "README.md") if block.language == "python")
+    rows().save_to_disk(tmp_path / "rows")
+    (tmp_path / "ten_lines.py").write_text(
+        "import datasets\nmy_tokenised_blocks = datasets.load_from_disk('rows')\n"
+        + SHORT.sub("max_steps=2", python.text)
+    )
+    installed("python", "ten_lines.py", home=tmp_path)
+    for command, options in (("upcycle", ()), ("finetune", QUICK), ("report", ())):
+        words = next(
+            words for words in readme_commands() if words[:2] == ["moe-hf", command] and "--dry-run" not in words
+        )
+        installed(*words, *options, home=tmp_path)
+    assert (tmp_path / "my-moe" / "README.md").is_file()
+    assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
+    assert (tmp_path / "report" / "report.html").is_file()
 
 
-def test_wheel_finds_recipes_and_runs_the_fine_tuning_program(installed, tmp_path):
-    assert "--config" in installed("python", "-m", "moe_hf.training.finetune", "--help")
-    code = "from moe_hf.resources import resource_path; print(resource_path('training/recipes/finetune_moe.yaml'))"
-    assert str(ROOT) not in installed("python", "-c", code)
+def readme_commands() -> list[list[str]]:
+    """Of all blocks of shell of the README, in order."""
+    blocks = [block for block in blocks_of(ROOT / "README.md") if block.language == "bash"]
+    return [words for block in blocks for words in commands_of(block.text)]

@@ -1,6 +1,6 @@
 """Train a classifier of texts or of words on a MoE, and compare it with one on its dense parent:
 
-accelerate launch training/classify.py --config training/recipes/classify.yaml --model FOLDER --output_dir OUT
+moe-hf classify --config classify_sequences --model FOLDER --output_dir OUT
 """
 
 from dataclasses import replace

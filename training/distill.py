@@ -1,6 +1,6 @@
 """Train a smaller student on the predictions of a MoE: the same MoE with fewer layers, or a dense model made from it.
 
-accelerate launch training/distill.py --config training/recipes/distill_moe.yaml --model TEACHER --output_dir OUT
+moe-hf distill --config distill_moe --model TEACHER --output_dir OUT
 """
 
 import copy

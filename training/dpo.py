@@ -1,6 +1,6 @@
 """Preference training with TRL's DPO: of two answers the chosen one becomes more likely, beside the dense parent:
 
-accelerate launch training/dpo.py --config training/recipes/preferences.yaml --model FOLDER --output_dir OUT
+moe-hf dpo --config preferences --model FOLDER --output_dir OUT
 """
 
 from moe_hf.trainer.arguments import ModelArguments, MoEArgumentParser

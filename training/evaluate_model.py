@@ -1,6 +1,6 @@
 """Evaluate a model on the held-out documents of each domain (token loss in nats/token, perplexity, accuracy):
 
-accelerate launch training/evaluate_model.py --model FOLDER --output_dir OUT
+moe-hf evaluate --model FOLDER --output_dir OUT
 """
 
 from moe_hf.trainer.arguments import DataArguments, ModelArguments, MoEArgumentParser, MoETrainingArguments

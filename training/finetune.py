@@ -1,8 +1,9 @@
 """Fine-tune part of a MoE (expert-only by default) or of a dense model:
 
-accelerate launch training/finetune.py --config training/recipes/finetune_moe.yaml --model FOLDER --output_dir OUT
+moe-hf finetune --config finetune_moe --model FOLDER --output_dir OUT
 
-In several processes it takes a layout: --fsdp_size, --ep_size, --tp_size, --dp_replicate_size (training/accelerate).
+In several processes it takes a layout: `moe-hf finetune --processes 8 --layout ep ...`, or `accelerate launch` of this file with
+--fsdp_size, --ep_size, --tp_size, --dp_replicate_size (training/accelerate).
 """
 
 from moe_hf.trainer.arguments import FinetuneArguments

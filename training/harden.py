@@ -1,6 +1,6 @@
 """Fine-tune router and experts in turns against small changes of the input embeddings (AdvMoE), beside a dense control:
 
-accelerate launch training/harden.py --config training/recipes/harden.yaml --model FOLDER --output_dir OUT
+moe-hf harden --config harden --model FOLDER --output_dir OUT
 """
 
 from moe_hf.trainer.adversarial import AdversarialArguments, AdversarialTrainer

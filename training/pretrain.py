@@ -1,6 +1,6 @@
 """Train a dense config or a `MoEConfig` from random weights:
 
-accelerate launch training/pretrain.py --config training/recipes/pretrain_dense.yaml --output_dir OUT
+moe-hf pretrain --config pretrain_dense --output_dir OUT
 """
 
 from moe_hf.trainer.arguments import ConfigArguments, DataArguments, MoEArgumentParser, MoETrainingArguments

@@ -1,6 +1,6 @@
 """Instruction tuning with TRL: chats, loss on the answers alone, answers measured beside the dense parent's:
 
-accelerate launch training/sft.py --config training/recipes/instructions.yaml --model FOLDER --output_dir OUT
+moe-hf sft --config instructions --model FOLDER --output_dir OUT
 """
 
 from moe_hf.trainer.arguments import ModelArguments, MoEArgumentParser

@@ -1,11 +1,13 @@
 """Pages of the site for what lies outside of docs/: what the pages and the navigation name becomes part of the site.
 
-A Markdown file becomes a page, a folder a page with its list, a source file a page that shows it, anything else is copied.
+A Markdown file becomes a page, a folder a page with its list, a source file a page that shows it, a notebook a page with what it
+printed, anything else is copied.
 Each stands below its path in the repository, and links to it are turned to there, so that the documents keep links that
 work in the repository too.
 """
 
 import ast
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from mkdocs.structure.pages import Page
 
 
 SOURCES = {".py": "python", ".yaml": "yaml", ".slurm": "bash", ".txt": "text", ".md": "markdown", ".jinja": "html"}
+NOTEBOOK = ".ipynb"
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#\s])")
 FENCE = re.compile(r"^(`{3,}).*?^\1`*$", re.MULTILINE | re.DOTALL)
 # A template of Jinja: others may speak of such a block in a line of text.
@@ -84,7 +87,7 @@ def path_of(root: Path, place: str) -> str:
 def _is_source(path: Path) -> bool:
     if path.suffix == ".md":
         return TEMPLATE.search(path.read_text()) is not None
-    return path.suffix in SOURCES
+    return path.suffix in SOURCES or path.suffix == NOTEBOOK
 
 
 def _file(root: Path, path: str, place: str, config: MkDocsConfig) -> File:
@@ -97,7 +100,24 @@ def _file(root: Path, path: str, place: str, config: MkDocsConfig) -> File:
 
 
 def _source_page(source: Path, path: str) -> str:
+    if source.suffix == NOTEBOOK:
+        return _notebook_page(source)
     return f"# {path}\n\n`````{SOURCES[source.suffix]}\n{source.read_text().rstrip()}\n`````\n"
+
+
+def _notebook_page(source: Path) -> str:
+    """Its cells in order, each piece of code with what it printed and drew."""
+    parts = []
+    for cell in json.loads(source.read_text())["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"`````python\n{text}\n`````")
+        for output in cell.get("outputs", ()):
+            picture = "".join(output.get("data", {}).get("image/png", "")).replace("\n", "")
+            if picture:
+                parts.append(f"![what the cell draws](data:image/png;base64,{picture})")
+            elif output.get("name") == "stdout":
+                parts.append(f"`````text\n{''.join(output['text']).rstrip()}\n`````")
+    return "\n\n".join([*parts, ""])
 
 
 def _list_page(folder: Path, path: str) -> str:
@@ -106,7 +126,11 @@ def _list_page(folder: Path, path: str) -> str:
 
 
 def _listing(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.suffix in SOURCES and path.name != "__init__.py")
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if (path.suffix in SOURCES or path.suffix == NOTEBOOK) and path.name != "__init__.py"
+    )
 
 
 def _first_line(path: Path) -> str:
@@ -114,6 +138,8 @@ def _first_line(path: Path) -> str:
     text = path.read_text()
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
+    if path.suffix == NOTEBOOK:
+        text = json.loads(text)["cells"][0]["source"][0]
     lines = [line.lstrip("# ") for line in text.splitlines() if not line.startswith(("#!", "---"))]
     return lines[0].rstrip(":") if lines and path.suffix != ".md" else ""
 

@@ -3,11 +3,14 @@
 Torch and transformers are imported inside the commands, so that help and mistakes in the arguments answer at once.
 """
 
-from moe_hf.cli import card, experts, export, hub, inspect, plan, report, serve, surgery, upcycle, verify
+from moe_hf.cli import card, experts, export, hub, inspect, launch, plan, report, serve, surgery, upcycle, verify
 from moe_hf.cli.app import app, main
 
 
 __all__ = ["app", "main"]
+
+# Of commands that hand over, with what they do not know themselves.
+_HAND_OVER = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 # In the order of the help.
 for _name, _command in (
@@ -32,5 +35,8 @@ for _name, _command in (
 ):
     app.command(_name)(_command)
 
-# What it does not know itself is the server's.
-app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.serve)
+for _name, (_program, _summary) in launch.PROGRAMS.items():
+    # `--help` is an option of theirs, which shows the program's too.
+    app.command(_name, context_settings=_HAND_OVER, add_help_option=False)(launch.launched(_name, _program, _summary))
+
+app.command("serve", context_settings=_HAND_OVER)(serve.serve)

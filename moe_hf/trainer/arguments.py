@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -332,7 +333,8 @@ def read_recipe(name: str, types: dict[str, Any]) -> dict[str, Any]:
     """Read a YAML recipe and check its keys against `types` (field name to type)."""
     path = find_recipe(name)
     try:
-        recipe = yaml.safe_load(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        recipe = yaml.safe_load(text)
     except (yaml.YAMLError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         # PyYAML lets pass what Python says of a date or a number that cannot be.
         raise MoEError(f"The recipe {str(path)!r} is not YAML: {error}") from error
@@ -340,7 +342,10 @@ def read_recipe(name: str, types: dict[str, Any]) -> dict[str, Any]:
         raise MoEError(f"The recipe {str(path)!r} is not a map of keys and values.")
     for key in recipe:
         if key not in types:
-            raise MoEError(f"Unknown key {key!r} in the recipe {str(path)!r}.{_nearest(str(key), types)}")
+            # Shipped recipes, and copies of them, hold their command.
+            command = re.search(r"^# (moe-hf \w+) ", text, re.MULTILINE)
+            program = f" The recipe says that it is for `{command[1]}`." if command else ""
+            raise MoEError(f"Unknown key {key!r} in the recipe {str(path)!r}.{_nearest(str(key), types)}{program}")
     return {key: _plain(key, value, types[key]) for key, value in recipe.items()}
 
 

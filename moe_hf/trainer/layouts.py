@@ -35,8 +35,9 @@ from moe_hf.trainer.deepspeed import refuse_with_deepspeed
 SIZES = ("dp_replicate_size", "fsdp_size", "tp_size", "ep_size")
 MESH = ("dp_replicate_size", "fsdp_size", "tp_size")
 HOW_TO_START = (
-    "Start it with `torchrun --nproc-per-node N` or `accelerate launch --multi_gpu --num_processes N`, on a CPU with "
-    "ACCELERATE_USE_CPU=true before either: accelerate's own --cpu starts one process without a word."
+    "Start it with `moe-hf finetune --processes N` or its like; or with `torchrun --nproc-per-node N` or `accelerate launch "
+    "--multi_gpu --num_processes N`, on a CPU with ACCELERATE_USE_CPU=true before either: accelerate's own --cpu starts one "
+    "process without a word."
 )
 
 

@@ -1,6 +1,6 @@
 """Runs the commands of documents in this process, where imports have been paid for, and checks those that are not run.
 
-`moe-hf`, `python` and `accelerate launch` are run; a block with another command needs a marker.
+`moe-hf`, `python` and `accelerate launch` are run, programs that these start in one process too; a block with another command needs a marker.
 """
 
 import dataclasses
@@ -11,8 +11,9 @@ import re
 import runpy
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import typer
@@ -20,6 +21,7 @@ import yaml
 from typer.testing import CliRunner
 
 from moe_hf.cli import app
+from moe_hf.cli import launch as cli_launch
 from moe_hf.trainer import arguments
 from moe_hf.trainer.arguments import MoEArgumentParser
 from moe_hf.trainer.comparison import ComparisonArguments
@@ -27,11 +29,11 @@ from tests.documents.blocks import ROOT
 
 
 RUN = ("moe-hf", "python", "accelerate launch")
-OPTIONS_OF_LAUNCH = ("--config_file", "--num_processes", "--mixed_precision", "--machine_rank", "--main_process_ip")
-
+OPTIONS_OF_LAUNCH = ("--config_file", "--num_processes", "--num_machines", "--mixed_precision", "--machine_rank")
+OPTIONS_OF_LAUNCH += ("--main_process_ip", "--main_process_port")
 
 # Of `accelerate launch`, which documents name outside of blocks.
-OF_ACCELERATE = {"--cpu", "--multi_gpu", *OPTIONS_OF_LAUNCH}
+OF_ACCELERATE = {"--cpu", "--multi_gpu", "--quiet", *OPTIONS_OF_LAUNCH}
 INLINE = re.compile(r"`((?:moe-hf|--)[^`]*)`")
 
 
@@ -61,17 +63,14 @@ def run(words: list[str]) -> None:
     words = [found for word in words for found in (sorted(glob.glob(word)) if "*" in word else [word])]
     words = _without_environment(words)
     if words[0] == "moe-hf":
-        result = CliRunner().invoke(app, words[1:])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cli_launch, "launch", _launch_here)
+            result = CliRunner().invoke(app, words[1:])
         _check(words, result.exit_code, result.output, result.exception)
     elif words[0] == "python":
         _run_program(words[1:])
     elif words[:2] == ["accelerate", "launch"]:
-        options, program = _launch_options(words[2:])
-        if _processes(options) > 1:
-            raise CommandError(
-                "it starts several processes, which the tests of layouts do: name one that does the same"
-            )
-        _run_program(program)
+        _launch_here(words[2:])
     else:
         raise CommandError(f"{words[0]!r} is not run here: tests run {', '.join(RUN)}")
 
@@ -100,7 +99,9 @@ def inline_complaints(text: str) -> Iterator[str]:
     options = {
         name: {o for p in command.params for o in p.opts} | {"--help"} for name, command in group.commands.items()
     }
-    everywhere = set().union(OF_ACCELERATE, *options.values(), _program_options(), {"--version"})
+    for name in cli_launch.PROGRAMS:
+        options[name] |= _program_options()
+    everywhere = set().union(OF_ACCELERATE, *options.values(), {"--version"})
     for span in INLINE.findall(text):
         words = span.split()
         names_command = words[0] == "moe-hf" and len(words) > 1 and words[1].islower() and words[1][0] != "-"
@@ -128,12 +129,22 @@ def _without_environment(words: list[str]) -> list[str]:
     return list(itertools.dropwhile(lambda word: re.match(r"^[A-Z_]+=", word), words))
 
 
+def _launch_here(words: list[str], environment: Mapping[str, str] = MappingProxyType({})) -> int:
+    """What `accelerate launch` does with `words`, in this process; the exit code."""
+    options, program = _launch_options(words)
+    if _processes(options) > 1:
+        raise CommandError("it starts several processes, which the tests of layouts do: name one that does the same")
+    _run_program(program)
+    return 0
+
+
 def _launch_options(words: list[str]) -> tuple[dict[str, str], list[str]]:
     options = {}
     while words and words[0].startswith("--"):
-        if words[0] not in OPTIONS_OF_LAUNCH:
-            raise CommandError(f"accelerate launch {words[0]} is not known here: add it to OPTIONS_OF_LAUNCH")
-        options[words[0]], words = words[1], words[2:]
+        name, given, value = words[0].partition("=")
+        if name not in OPTIONS_OF_LAUNCH:
+            raise CommandError(f"accelerate launch {name} is not known here: add it to OPTIONS_OF_LAUNCH")
+        options[name], words = (value, words[1:]) if given else (words[1], words[2:])
     return options, words
 
 
@@ -167,9 +178,11 @@ def _check_our_command(words: list[str]) -> None:
     if command is None:
         raise CommandError(f"there is no moe-hf {' '.join(words[:1])}")
     try:
-        command.make_context(words[0], list(words[1:]))
+        context = command.make_context(words[0], list(words[1:]))
     except Exception as error:
         raise CommandError(f"moe-hf {shlex.join(words)}: {error}") from error
+    if words[0] in cli_launch.PROGRAMS:
+        _parse_only([f"training/{cli_launch.PROGRAMS[words[0]][0]}.py", *context.args])
 
 
 def _check_program(words: list[str]) -> None:

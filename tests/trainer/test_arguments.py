@@ -31,7 +31,7 @@ def recipe(tmp_path: Path, text: str) -> str:
 
 
 OF_THESE_PROGRAMS = [
-    path for path in sorted(RECIPES.glob("*.yaml")) if re.search(r"training/(finetune|pretrain)\.py", path.read_text())
+    path for path in sorted(RECIPES.glob("*.yaml")) if re.search(r"moe-hf (finetune|pretrain) ", path.read_text())
 ]
 
 
@@ -82,6 +82,11 @@ def test_model_config_is_a_map_in_a_recipe_and_json_on_the_command_line(tmp_path
 def test_bad_recipe_is_refused(text, message, tmp_path):
     with pytest.raises(MoEError, match=message):
         MoEArgumentParser(FINETUNE).parse(["--config", recipe(tmp_path, text)])
+
+
+def test_a_recipe_of_another_program_says_so():
+    with pytest.raises(MoEError, match="Unknown key .* it is for `moe-hf dpo`"):
+        MoEArgumentParser(FINETUNE).parse(["--config", "preferences"])
 
 
 @pytest.mark.parametrize(

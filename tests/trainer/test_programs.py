@@ -140,7 +140,7 @@ def dense(pretrained, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layout", ["--ep_size=2", pytest.param("--tp_size=2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["ep", pytest.param("tp", marks=pytest.mark.slow)])
 def test_finetuning_and_its_control_take_a_layout(layout, pretrained, dense, text, tmp_path):
     common = [
         "--config=finetune_moe", f"--model={pretrained / 'final'}", f"--control={dense}", f"--dataset={text}",
@@ -148,18 +148,17 @@ def test_finetuning_and_its_control_take_a_layout(layout, pretrained, dense, tex
     ]  # fmt: skip
     output = launch(
         [
-            sys.executable, "-m", "accelerate.commands.launch",
-            "--config_file", str(ROOT / "training" / "accelerate" / "multi_cpu.yaml"), "--main_process_port", "0",
-            str(ROOT / "training" / "finetune.py"), f"--output_dir={tmp_path / 'out'}", layout,
+            sys.executable, "-m", "moe_hf.cli", "finetune", "--processes=2", f"--layout={layout}",
+            f"--output_dir={tmp_path / 'out'}",
             *[flag for flag in common if "use_cpu" not in flag],
         ]
     )  # fmt: skip
-    assert "2 processes on cpu, " in output and layout[2:] in output
+    assert "2 processes on cpu, " in output and f"{layout}_size=2" in output
     before = AutoModelForCausalLM.from_pretrained(pretrained / "final").state_dict()
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final").state_dict()
     assert all(torch.equal(after[name], tensor) == (".mlp." not in name) for name, tensor in before.items())
     # Processes that share rows have as many as one, others twice as many.
-    rows = 4 if "tp" in layout else 8
+    rows = 4 if layout == "tp" else 8
     run("finetune", f"--output_dir={tmp_path / 'one'}", *common, f"--per_device_train_batch_size={rows}")
     two, one = (json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("out", "one"))
     for model in ("this model", "control"):

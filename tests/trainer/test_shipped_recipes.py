@@ -143,7 +143,7 @@ def test_recipe_distils_a_smaller_student(recipe, moe, text, tmp_path):
 
 def test_every_recipe_names_its_program_and_is_run_by_a_test():
     for path in RECIPES.glob("*.yaml"):
-        assert f"training/{program_of(path.stem)}.py --config {path.stem} " in path.read_text(), path.name
+        assert f"# moe-hf {program_of(path.stem)} --config {path.stem} " in path.read_text(), path.name
 
 
 @pytest.mark.parametrize(
