@@ -67,6 +67,7 @@ LAYERS = [
     {"training_plan"},
     {"hub", "source_folders", "streaming"},
     {"trainer"},
+    {"doctor"},
     {"cli"},
 ]
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60

@@ -5,6 +5,7 @@ moe-hf classify --config classify_sequences --model FOLDER --output_dir OUT
 
 from dataclasses import replace
 
+from moe_hf.doctor.arguments import DoctorArguments
 from moe_hf.trainer.arguments import FinetuneArguments, ModelArguments, MoEArgumentParser
 from moe_hf.trainer.classification import (
     LabelledDataArguments,
@@ -19,8 +20,9 @@ from moe_hf.trainer.programs import evaluation_parts, prepare_run, run_program
 
 def main() -> None:
     """Run the program that the command line describes."""
-    types = (ModelArguments, ComparisonArguments, LabelledDataArguments, FinetuneArguments)
-    model_args, comparison, data_args, training_args = MoEArgumentParser(types, description=__doc__).parse()
+    types = (ModelArguments, ComparisonArguments, LabelledDataArguments, DoctorArguments, FinetuneArguments)
+    parser = MoEArgumentParser(types, description=__doc__)
+    model_args, comparison, data_args, doctor, training_args = parser.parse()
     prepare_run(training_args, comparison, model_args)
     data = load_labelled(data_args)
     validation, test = evaluation_parts(data.held_out, comparison, training_args, data_args.split_seed)
@@ -34,7 +36,7 @@ def main() -> None:
     def measure(trainer):
         return trainer.evaluate(tokenized_rows(test, trainer.processing_class, **form))
 
-    train_beside_control(model_args, comparison, training_args, make, measure, data_args)
+    train_beside_control(model_args, comparison, training_args, doctor.examined(make), measure, data_args)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import moe_hf
+from moe_hf.doctor.arguments import DoctorArguments
 from moe_hf.trainer.arguments import DataArguments, ModelArguments, MoEArgumentParser
 from moe_hf.trainer.comparison import print_comparison
 from moe_hf.trainer.distillation import DistillationArguments, DistillationTrainer
@@ -49,9 +50,9 @@ def make_student(args: StudentArguments, teacher, model_args: ModelArguments, tr
 def main() -> None:
     """Run the program that the command line describes."""
     parser = MoEArgumentParser(
-        (ModelArguments, StudentArguments, DataArguments, DistillationArguments), description=__doc__
+        (ModelArguments, StudentArguments, DataArguments, DoctorArguments, DistillationArguments), description=__doc__
     )
-    model_args, student_args, data_args, training_args = parser.parse()
+    model_args, student_args, data_args, doctor, training_args = parser.parse()
     prepare_run(training_args)
     documents = load_documents(data_args)
     teacher, tokenizer = load_checkpoint(model_args, training_args)
@@ -59,7 +60,7 @@ def main() -> None:
     teacher_args = copy.copy(training_args)
     teacher_args.scope = None
     evaluation = make_trainer(teacher, tokenizer, teacher_args, data_args, documents, only_evaluate=True).evaluate()
-    trainer = make_trainer(
+    trainer = doctor.examined(make_trainer)(
         student,
         tokenizer,
         training_args,

@@ -3,6 +3,7 @@
 moe-hf dpo --config preferences --model FOLDER --output_dir OUT
 """
 
+from moe_hf.doctor.arguments import DoctorArguments
 from moe_hf.trainer.arguments import ModelArguments, MoEArgumentParser
 from moe_hf.trainer.chats import ChatDataArguments, load_chat_model, load_chats
 from moe_hf.trainer.comparison import ComparisonArguments, train_beside_control
@@ -15,8 +16,9 @@ COLUMNS = ("prompt", "chosen", "rejected")
 
 def main() -> None:
     """Run the program that the command line describes."""
-    types = (ModelArguments, ComparisonArguments, ChatDataArguments, MoEDPOConfig)
-    model_args, comparison, data_args, training_args = MoEArgumentParser(types, description=__doc__).parse()
+    types = (ModelArguments, ComparisonArguments, ChatDataArguments, DoctorArguments, MoEDPOConfig)
+    parser = MoEArgumentParser(types, description=__doc__)
+    model_args, comparison, data_args, doctor, training_args = parser.parse()
     prepare_run(training_args, comparison, model_args)
     train, held_out = load_chats(data_args, COLUMNS)
     parts = evaluation_parts(held_out, comparison, training_args, data_args.split_seed)
@@ -31,7 +33,7 @@ def main() -> None:
         metrics = trainer.evaluate(trainer.test_dataset)
         return metrics
 
-    train_beside_control(model_args, comparison, training_args, make, measure, data_args)
+    train_beside_control(model_args, comparison, training_args, doctor.examined(make), measure, data_args)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ In several processes it takes a layout: `moe-hf finetune --processes 8 --layout 
 --fsdp_size, --ep_size, --tp_size, --dp_replicate_size (training/accelerate).
 """
 
+from moe_hf.doctor.arguments import DoctorArguments
 from moe_hf.trainer.arguments import FinetuneArguments
 from moe_hf.trainer.programs import finetune, run_program
 
 
 def main() -> None:
     """Run the program that the command line describes."""
-    finetune(__doc__, FinetuneArguments)
+    finetune(__doc__, FinetuneArguments, DoctorArguments)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 moe-hf harden --config harden --model FOLDER --output_dir OUT
 """
 
+from moe_hf.doctor.arguments import DoctorArguments
 from moe_hf.trainer.adversarial import AdversarialArguments, AdversarialTrainer
 from moe_hf.trainer.programs import finetune, run_program
 
 
 def main() -> None:
     """Run the program that the command line describes."""
-    finetune(__doc__, AdversarialArguments, AdversarialTrainer)
+    finetune(__doc__, AdversarialArguments, DoctorArguments, AdversarialTrainer)
 
 
 if __name__ == "__main__":

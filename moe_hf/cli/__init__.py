@@ -3,7 +3,7 @@
 Torch and transformers are imported inside the commands, so that help and mistakes in the arguments answer at once.
 """
 
-from moe_hf.cli import card, experts, export, hub, inspect, launch, plan, report, serve, surgery, upcycle, verify
+from moe_hf.cli import card, doctor, experts, export, hub, inspect, launch, plan, report, serve, surgery, upcycle, verify
 from moe_hf.cli.app import app, main
 
 
@@ -17,6 +17,7 @@ for _name, _command in (
     ("upcycle", upcycle.upcycle),
     ("verify", verify.verify),
     ("inspect", inspect.inspect),
+    ("doctor", doctor.doctor),
     ("plan", plan.plan),
     ("report", report.report),
     ("card", card.card),

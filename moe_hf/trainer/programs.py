@@ -288,11 +288,19 @@ def make_trainer(
 
 
 def finetune(
-    description: str, arguments_class: type[FinetuneArguments], trainer_class: type[MoETrainer] = MoETrainer
+    description: str,
+    arguments_class: type[FinetuneArguments],
+    examiner_class: type,
+    trainer_class: type[MoETrainer] = MoETrainer,
 ) -> None:
-    """Run what the command line describes: load or upcycle a model, train it, and its control where one is asked for."""
-    types = (ModelArguments, ComparisonArguments, DataArguments, arguments_class)
-    model_args, comparison, data_args, training_args = MoEArgumentParser(types, description=description).parse()
+    """Run what the command line describes: load or upcycle a model, train it, and its control where one is asked for.
+
+    Args:
+        examiner_class (`type`): arguments whose `examined(make)` looks at a trainer before it trains, where they ask for it.
+    """
+    types = (ModelArguments, ComparisonArguments, DataArguments, examiner_class, arguments_class)
+    parser = MoEArgumentParser(types, description=description)
+    model_args, comparison, data_args, examiner, training_args = parser.parse()
     prepare_run(training_args, comparison, model_args)
     train, held_out = load_documents(data_args)
     validation, test = evaluation_parts(held_out, comparison, training_args, data_args.split_seed)
@@ -307,7 +315,7 @@ def finetune(
             return trainer.evaluate()
         return trainer.evaluate(evaluation_blocks(test, trainer.processing_class, data_args))
 
-    train_beside_control(model_args, comparison, training_args, make, measure, data_args)
+    train_beside_control(model_args, comparison, training_args, examiner.examined(make), measure, data_args)
 
 
 def trl_trainer(

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from moe_hf.cli import app
 from moe_hf.cli import launch as cli_launch
+from moe_hf.doctor.arguments import DoctorArguments
 from moe_hf.trainer import arguments
 from moe_hf.trainer.arguments import MoEArgumentParser
 from moe_hf.trainer.comparison import ComparisonArguments
@@ -116,6 +117,7 @@ def inline_complaints(text: str) -> Iterator[str]:
 def _program_options() -> set[str]:
     kinds = (
         ComparisonArguments,
+        DoctorArguments,
         arguments.FinetuneArguments,
         arguments.ModelArguments,
         arguments.DataArguments,
