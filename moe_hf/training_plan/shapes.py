@@ -13,9 +13,10 @@ from moe_hf.upcycling.initialisers import make_initialiser
 # The whole preference, in one place. Among shapes whose experts have equally many weights the first of SHARDS is taken, and
 # more weights are taken before fewer.
 #
-# Parts that each copy of the MLP is cut into: with 2, experts of half the width, of which a token takes 2, so that it costs
-# what it costs the dense model; with 1, whole copies, of which a token takes 2.
-SHARDS = (2, 1)
+# Parts that each copy of the MLP is cut into: with 1, whole copies, of which a token takes 2; with 2, experts of half the width,
+# of which a token takes 2, so that it costs what it costs the dense model. These hold less at a time, and learn less from the same
+# tokens, less than the dense model itself too (benchmarks/README.md).
+SHARDS = (1, 2)
 # Copies of the MLP in a layer with experts; one layer of so many has them.
 COPIES = (4, 8, 16, 32)
 EVERY = (3, 2, 1)

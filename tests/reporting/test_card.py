@@ -243,13 +243,19 @@ def test_the_command_fills_a_card_and_keeps_an_old_one(ours, tmp_path):
     assert again.exit_code == 2 and "exists" in again.stderr and (tmp_path / "out" / "README.md").read_text() == text
 
 
-def test_the_filled_card_of_the_repository_is_whole():
-    folder = Path(__file__).resolve().parents[2] / "model_cards" / "demo"
+@pytest.mark.parametrize(("name", "chat"), [("demo", []), ("smollm2", ["A chat"])])
+def test_the_filled_cards_of_the_repository_are_whole(name, chat):
+    folder = Path(__file__).resolve().parents[2] / "model_cards" / name
     text = (folder / "README.md").read_text()
     sections = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert sections == [
-        *("Parameters", "Routing", "How it was made", "Training", "Evaluation", "Routing health", "Reproduce"),
+        *("Parameters", "Routing", "How it was made", "Training", "Evaluation", *chat, "Routing health", "Reproduce"),
         *("Use", "Limits", "Software"),
     ]
     assert (folder / "routing.png").stat().st_size < 300_000 and "None" not in text and "nan" not in text.split()
     assert ModelCard(text).data.eval_results
+
+
+def test_the_card_of_a_pretrained_model_names_what_it_was_made_from_and_its_licence():
+    data = ModelCard((Path(__file__).resolve().parents[2] / "model_cards" / "smollm2" / "README.md").read_text()).data
+    assert (data.base_model, data.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")

@@ -57,13 +57,9 @@ def test_the_figures_are_those_that_moe_hf_plan_counts(dense):
 
 
 def named(shape) -> dict:
-    """`plan_training` takes whole copies alone, of which half as many are as many weights."""
-    return {
-        "num_experts": shape.copies,
-        "num_experts_per_tok": 1,
-        "norm_topk_prob": False,
-        "decoder_sparse_step": shape.every,
-    }
+    """`plan_training` takes whole copies alone."""
+    assert shape.shards == 1
+    return {"num_experts": shape.copies, "num_experts_per_tok": 2, "decoder_sparse_step": shape.every}
 
 
 def test_what_is_refused_names_the_memory_that_does(dense):
