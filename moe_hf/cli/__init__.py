@@ -3,7 +3,21 @@
 Torch and transformers are imported inside the commands, so that help and mistakes in the arguments answer at once.
 """
 
-from moe_hf.cli import card, doctor, experts, export, hub, inspect, launch, plan, report, serve, surgery, upcycle, verify
+from moe_hf.cli import (
+    card,
+    doctor,
+    experts,
+    export,
+    hub,
+    inspect,
+    launch,
+    plan,
+    report,
+    serve,
+    surgery,
+    upcycle,
+    verify,
+)
 from moe_hf.cli.app import app, main
 
 
