@@ -223,7 +223,8 @@ class RealStudy:
     def rates_run(self, name: str) -> set[float]:
         """The rates at which an arm was run by earlier calls."""
         folder = self.stages.folder(f"runs/{name}")
-        return {float(run.name) for run in folder.iterdir() if run.is_dir()} if folder.is_dir() else set()
+        # What begins with a dot is of a run that was killed.
+        return {float(run.name) for run in folder.glob("[!.]*")}
 
     def dense_loss(self) -> dict[str, Any]:
         """Loss of the pretrained model on the test documents."""

@@ -51,6 +51,12 @@ def test_the_start_alone_takes_no_step(model, tmp_path):
     assert start == end and results["settings"]["sparse_step"] == 1
 
 
+def test_what_a_killed_run_left_is_no_rate_that_was_run(model, tmp_path):
+    (tmp_path / "runs" / "copy" / ".0.001.tmp-1").mkdir(parents=True)
+    given = ["--model", str(model), "--out", str(tmp_path), "--tiny", "--steps", "0", "--arms", "copy"]
+    assert list(main(given)["arms"]["copy"]["runs"]) == ["0.0001"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
