@@ -36,7 +36,7 @@ class BaseExperts:
         signatures, base_signatures: by layer, (E, n), one row per expert.
         routers, base_routers: by layer, the weights of the routers, (E, D).
         biases, base_biases: by layer, the correction biases, (E,).
-        equal, base_equal: by layer, the groups of equal experts.
+        equal: by layer, the groups of equal experts.
     """
 
     verdicts: dict[int, dict[int, Verdict]] = field(default_factory=dict)

@@ -126,7 +126,7 @@ class Report:
         }
 
     def to_json(self) -> str:
-        """JSON of [`to_dict`]."""
+        """The same as `to_dict`, as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
     def to_text(self) -> str:
