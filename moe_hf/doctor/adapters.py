@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from moe_hf.doctor.adapter_files import AdapterFile, read_adapter
-from moe_hf.doctor.findings import ERROR, NOTE, WARNING, Report
+from moe_hf.doctor.findings import ERROR, NOTE, WARNING, Report, layer_numbers
 from moe_hf.doctor.layout import inner_experts, is_of_experts
-from moe_hf.doctor.names import layer_numbers, listed
+from moe_hf.doctor.names import listed
 from moe_hf.doctor.opening import Opened
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.base_record import check_base
@@ -48,22 +48,20 @@ def examine_adapter(report: Report, folder: Path, base: Opened | None) -> None:
 def _look_at_halves(report: Report, adapter: AdapterFile) -> None:
     alone = [name for name, halves in adapter.halves.items() if len(halves) < 2]
     if alone:
-        report.add(
+        report.add_by_name(
             ERROR,
             "adapter-incomplete",
+            alone,
             f"Of {listed(alone)} the file has only one of A and B: loaders draw the other one, or leave both out. Save the adapter again.",
-            layers=layer_numbers(f"{name}." for name in alone),
-            figure=len(alone),
         )
     tensors = {f"{name}.{half}": t for name, halves in adapter.halves.items() for half, t in halves.items()}
     bad = [name for name, tensor in (tensors | adapter.others).items() if not _is_finite(tensor)]
     if bad:
-        report.add(
+        report.add_by_name(
             ERROR,
             "not-finite",
+            bad,
             f"NaN or infinity in {listed(bad)}: the model computes nothing of use with this adapter. Take an earlier checkpoint.",
-            layers=layer_numbers(f"{name}." for name in bad),
-            figure=len(bad),
         )
     scale = adapter.config.get("lora_alpha", adapter.config.get("alpha"))
     if scale == 0 and adapter.halves:
@@ -87,19 +85,18 @@ def _look_at_effect(report: Report, adapter: AdapterFile, base: Opened | None) -
         )
         return
     if zero:
-        report.add(
+        report.add_by_name(
             NOTE,
             "adapter-zero",
+            zero,
             f"{listed(zero)} have no effect: A or B is zero.",
-            layers=layer_numbers(f"{name}." for name in zero),
-            figure=len(zero),
         )
     if not adapter.is_of_stacks:
         return
     idle: dict[int, list[int]] = {}
     counts = {} if base is None else {block.layer: block.num_experts for block in base.blocks}
     for name, halves in complete.items():
-        layer = (layer_numbers([f"{name}."]) or [0])[0]
+        layer = (layer_numbers([name]) or [0])[0]
         if ".experts" in name and name not in zero and (experts := _idle_experts(adapter, halves, counts.get(layer))):
             idle.setdefault(layer, []).extend(experts)
     if idle:
@@ -147,7 +144,7 @@ def _look_at_ranks(report: Report, adapter: AdapterFile) -> None:
             "adapter-rank",
             f"adapter_config.json says r={rank}, and {name} has {first} rows in A and {second} columns in B: the scale alpha / r is "
             "another one than in training, or the adapter does not load. Take over the configuration that it was trained with.",
-            layers=layer_numbers(f"{name}." for name in wrong),
+            layers=layer_numbers(wrong),
             figure=first,
         )
 
@@ -194,13 +191,12 @@ def _look_at_targets(report: Report, adapter: AdapterFile, base: Opened | None) 
             lacking += sorted(names - modules)
     lacking += [str(p) for p in parameters if not _has_parameter(adapter, str(p))]
     if lacking and is_moe:
-        report.add(
+        report.add_by_name(
             WARNING,
             "adapter-not-reached",
+            lacking,
             f"adapter_config.json names {listed(lacking)}, and the file has no tensors for them: they did not train, or were not saved. "
             "Projections of stacked experts are no modules; name them in target_parameters.",
-            layers=layer_numbers(f"{name}." for name in lacking),
-            figure=len(lacking),
         )
 
 
@@ -215,7 +211,7 @@ def _named_in_base(base: Opened | None, target: str, config: dict[str, Any]) -> 
     for name, module in base.model.named_modules():
         if not isinstance(module, nn.Linear | nn.Embedding) or not (name == target or name.endswith(f".{target}")):
             continue
-        number = layer_numbers([f"{name}."])
+        number = layer_numbers([name])
         if layers and number and number[0] not in layers:
             continue
         if isinstance(excluded, list) and any(name.endswith(str(one)) for one in excluded):
@@ -255,24 +251,22 @@ def _look_at_fit(report: Report, adapter: AdapterFile, model: nn.Module) -> None
             misfit[name] = outputs, inputs
     if unknown:
         experts = sorted({int(m[1]) for m in (re.search(r"experts\.(\d+)\.", n) for n in unknown) if m})
-        report.add(
+        report.add_by_name(
             ERROR,
             "adapter-unknown",
+            unknown,
             f"{type(model).__name__} has no module {listed(unknown)}: PEFT leaves these out with a warning. The adapter is of another "
             "model, or of a version of transformers that had experts one by one.",
-            layers=layer_numbers(f"{name}." for name in unknown),
             experts=experts,
-            figure=len(unknown),
         )
     if misfit:
         name, (outputs, inputs) = next(iter(misfit.items()))
-        report.add(
+        report.add_by_name(
             ERROR,
             "adapter-shape",
+            misfit,
             f"{listed(misfit)} do not fit the base: {name} maps {inputs} to {outputs}. The adapter is of another model, or its halves are "
             "exchanged.",
-            layers=layer_numbers(f"{name}." for name in misfit),
-            figure=len(misfit),
         )
 
 
@@ -305,12 +299,11 @@ def _look_at_base(report: Report, adapter: AdapterFile, base: Opened, folder: Pa
 def _look_at_reach(report: Report, adapter: AdapterFile) -> None:
     kinds = Counter(_kind(adapter.module(name)) for name in adapter.halves)
     text = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    report.add(
+    report.add_by_name(
         NOTE,
         "adapter-reach",
+        adapter.halves,
         f"It reaches {text or 'nothing'}; layers are named where they are not all.",
-        layers=layer_numbers(f"{name}." for name in adapter.halves),
-        figure=len(adapter.halves),
     )
     if not adapter.is_peft:
         message = "moe_hf.load_expert_lora reads it; PEFT does not. save_expert_lora(model, folder, file_format='peft') writes it for PEFT."

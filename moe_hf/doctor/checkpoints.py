@@ -14,9 +14,9 @@ from moe_hf.doctor import against_base, alone
 from moe_hf.doctor.against_base import BaseExperts
 from moe_hf.doctor.config_fields import look_at_fields, look_at_servers
 from moe_hf.doctor.dense_base import DenseBase
-from moe_hf.doctor.findings import ERROR, NOTE, WARNING, Report
+from moe_hf.doctor.findings import ERROR, NOTE, WARNING, Report, layer_numbers
 from moe_hf.doctor.matching import Verdict, compare
-from moe_hf.doctor.names import is_plain, layer_numbers, look_at_counts, look_at_names
+from moe_hf.doctor.names import is_plain, look_at_counts, look_at_names
 from moe_hf.doctor.opening import Opened
 from moe_hf.doctor.pieces import Block
 from moe_hf.doctor.quantized import look_at_errors, look_at_quantized

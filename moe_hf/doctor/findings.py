@@ -1,7 +1,8 @@
 """What an examination finds: findings with a severity, a code, a place and a figure, and a report of them."""
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +81,10 @@ class Report:
                 place[name] = tuple(sorted(set(place[name])))
         self.findings.append(Finding(severity, code, message, **place))
 
+    def add_by_name(self, severity: str, code: str, names: Collection[str], message: str, **place: Any) -> None:
+        """Add what was found of tensors or modules: the layers that their names speak of, and how many they are."""
+        self.add(severity, code, message, layers=layer_numbers(names), figure=len(names), **place)
+
     def add_by_layer(self, severity: str, code: str, found: dict[int, Iterable[int]], message: str, **place) -> None:
         """Add what was found of experts by layer; layers with the same experts are one finding."""
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -156,3 +161,9 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             groups.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}, {b}" if b == a + 1 else f"{a}-{b}" for a, b in groups)
+
+
+def layer_numbers(names: Iterable[str]) -> list[int]:
+    """The numbers of the layers that names speak of."""
+    found = (re.search(r"(?:layers|h|blocks|blk|layer)\.(\d+)(?:\.|$)", name) for name in names)
+    return sorted({int(match[1]) for match in found if match})

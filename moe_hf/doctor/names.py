@@ -35,12 +35,6 @@ def look_at_names(report: Report, layout: Layout, tensors: Mapping[str, TensorSp
     _look_at_dtypes(report, layout, tensors)
 
 
-def layer_numbers(names: Iterable[str]) -> list[int]:
-    """The numbers of the layers that names speak of."""
-    found = (re.search(r"(?:layers|h|blocks|blk|layer)\.(\d+)\.", name) for name in names)
-    return sorted({int(match[1]) for match in found if match})
-
-
 def listed(names: Iterable[str]) -> str:
     """A few names in words."""
     names = sorted(names)
@@ -54,28 +48,25 @@ def _look_at_missing(report: Report, layout: Layout) -> None:
     routers = [n for n in layout.missing if n not in experts and (n.startswith(blocks) or n.endswith(BIAS_NAMES))]
     rest = [name for name in layout.missing if name not in {*experts, *routers}]
     if experts:
-        report.add(
+        report.add_by_name(
             ERROR,
             "experts-missing",
+            experts,
             f"The file has no tensors for {listed(experts)}: {DRAWN}. {AGAIN}",
-            layers=layer_numbers(experts),
-            figure=len(experts),
         )
     if routers:
-        report.add(
+        report.add_by_name(
             ERROR,
             "router-missing",
+            routers,
             f"The file has no tensors for {listed(routers)}: {DRAWN}, so tokens go to other experts. {AGAIN}",
-            layers=layer_numbers(routers),
-            figure=len(routers),
         )
     if rest:
-        report.add(
+        report.add_by_name(
             ERROR,
             "weights-missing",
+            rest,
             f"The file has no tensors for {listed(rest)}: {DRAWN}. {AGAIN}",
-            layers=layer_numbers(rest),
-            figure=len(rest),
         )
 
 
@@ -83,32 +74,29 @@ def _look_at_unmapped(report: Report, layout: Layout) -> None:
     experts = [name for name in layout.unmapped if is_of_experts(name)]
     rest = [name for name in layout.unmapped if name not in experts]
     if experts:
-        report.add(
+        report.add_by_name(
             ERROR,
             "experts-unmapped",
+            experts,
             f"No name of {type(layout.model).__name__} fits {listed(experts)}: they are left out while loading. Rename them as the "
             "family has them, or correct the configuration.",
-            layers=layer_numbers(experts),
             experts=_expert_numbers(experts),
-            figure=len(experts),
         )
     if rest:
         # Where nothing is missing they replace nothing.
         severity = WARNING if layout.missing else NOTE
-        report.add(
+        report.add_by_name(
             severity,
             "weights-unmapped",
+            rest,
             f"No name of {type(layout.model).__name__} fits {listed(rest)}: they are left out while loading.",
-            layers=layer_numbers(rest),
-            figure=len(rest),
         )
     if layout.ignored:
-        report.add(
+        report.add_by_name(
             NOTE,
             "weights-unmapped",
+            layout.ignored,
             f"The family's loader leaves out {listed(layout.ignored)} on purpose.",
-            layers=layer_numbers(layout.ignored),
-            figure=len(layout.ignored),
         )
 
 
@@ -220,13 +208,12 @@ def _look_at_other_shapes(report: Report, layout: Layout) -> None:
             rest[stored] = shape, right
     if rest:
         name, (shape, right) = next(iter(sorted(rest.items())))
-        report.add(
+        report.add_by_name(
             ERROR,
             "wrong-shape",
+            rest,
             f"{listed(rest)}: {name} is {list(shape)}, and the configuration tells {list(right)}. It does not load, or loads at random: "
             "the configuration is of another model, or a save was cut.",
-            layers=layer_numbers(rest),
-            figure=len(rest),
         )
 
 
@@ -239,13 +226,12 @@ def _look_at_dtypes(report: Report, layout: Layout, tensors: Mapping[str, Tensor
         if state[name].is_floating_point() and not tensors[stored].dtype.is_floating_point
     ]
     if wrong and not getattr(layout.model.config, "quantization_config", None):
-        report.add(
+        report.add_by_name(
             ERROR,
             "wrong-dtype",
+            wrong,
             f"{listed(wrong)} are stored as {str(tensors[wrong[0]].dtype).removeprefix('torch.')}, and no quantization_config says how "
             "to read them: they are taken for weights as they are.",
-            layers=layer_numbers(wrong),
-            figure=len(wrong),
         )
 
 

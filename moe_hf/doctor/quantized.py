@@ -12,7 +12,7 @@ from typing import Any
 from moe_hf.dense_sources import quantization_settings
 from moe_hf.doctor.findings import ERROR, NOTE, WARNING, Report
 from moe_hf.doctor.matching import Verdict
-from moe_hf.doctor.names import layer_numbers, listed
+from moe_hf.doctor.names import listed
 from moe_hf.doctor.opening import Opened
 from moe_hf.doctor.pieces import Block
 from moe_hf.doctor.quantized_tensors import QuantizedTensors
@@ -33,13 +33,12 @@ def look_at_quantized(report: Report, opened: Opened) -> None:
         return
     quantized = [weight for weight in tensors.parts if tensors.is_quantized(weight)]
     if quantized and settings is None:
-        report.add(
+        report.add_by_name(
             ERROR,
             "quantization-untold",
+            quantized,
             f"{listed(quantized)} are stored in codes, and config.json has no quantization_config: a loader takes the codes for "
             "weights, or leaves them out. Take over the quantizer's config.json.",
-            layers=layer_numbers(quantized),
-            figure=len(quantized),
         )
     _look_at_scales(report, tensors, quantized)
     skipped = skipped_names(settings or {})
@@ -78,13 +77,12 @@ def _look_at_scales(report: Report, tensors: QuantizedTensors, quantized: list[s
     lacking = [weight for weight in quantized if tensors.lacks(weight)]
     if lacking:
         experts = sorted({int(m[1]) for m in (re.search(r"experts\.(\d+)\.", weight) for weight in lacking) if m})
-        report.add(
+        report.add_by_name(
             ERROR,
             "scales-missing",
+            lacking,
             f"{listed(lacking)} lack their scales: what loads is codes, or 1 is taken for the scale. Quantize again.",
-            layers=layer_numbers(lacking),
             experts=experts,
-            figure=len(lacking),
         )
 
 

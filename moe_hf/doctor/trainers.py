@@ -13,8 +13,8 @@ from transformers import Trainer
 from moe_hf.data import check_packing
 from moe_hf.doctor.config_fields import first_of
 from moe_hf.doctor.dry_step import DryStep, dry_step
-from moe_hf.doctor.findings import ERROR, NOTE, WARNING, Report
-from moe_hf.doctor.names import layer_numbers, listed
+from moe_hf.doctor.findings import ERROR, NOTE, WARNING, Report, layer_numbers
+from moe_hf.doctor.names import listed
 from moe_hf.errors import MoEError
 from moe_hf.finetuning.moe_blocks import find_moe_blocks
 from moe_hf.finetuning.router_watch import transformer_of
@@ -101,13 +101,12 @@ def _look_at_parts(report: Report, trainer: Trainer, model: nn.Module, trains: d
     kept = "its checkpoints hold all of it" if whole or not lost else "not all of it would be kept"
     report.add(NOTE, "trains", f"What trains: {text}; {kept}.", figure=sum(counts.values()))
     if lost and not whole:
-        report.add(
+        report.add_by_name(
             ERROR,
             "trained-not-saved",
+            lost,
             f"{listed(lost)} train, and a checkpoint of {type(trainer).__name__} would not bring them back. Use MoETrainer, or "
             "moe_hf.save_trained.",
-            layers=layer_numbers(lost),
-            figure=len(lost),
         )
     unseen = [name for name in trained_tensors(model) if name.endswith("e_score_correction_bias")]
     if unseen:
@@ -127,13 +126,12 @@ def _look_at_optimizer(report: Report, trainer: Trainer, trains: dict[str, nn.Pa
             trainer.args.skip_idle_experts = skip
     absent = [name for name, parameter in trains.items() if id(parameter) not in held]
     if absent:
-        report.add(
+        report.add_by_name(
             ERROR,
             "not-in-optimizer",
+            absent,
             f"{listed(absent)} require gradients and are in no group of the optimizer: they never move. Make the optimizer after the "
             "scope is chosen, of all that trains.",
-            layers=layer_numbers(absent),
-            figure=len(absent),
         )
 
 
@@ -190,12 +188,11 @@ def _look_at_gradients(report: Report, step: DryStep, trains: dict[str, nn.Param
         n for n, norm in step.gradients.items() if norm is not None and not torch.isfinite(torch.tensor(norm))
     ]
     if not_finite:
-        report.add(
+        report.add_by_name(
             ERROR,
             "not-finite",
+            not_finite,
             f"The gradient of {listed(not_finite)} is NaN or infinite in the first step.",
-            layers=layer_numbers(not_finite),
-            figure=len(not_finite),
         )
     idle: dict[int, list[int]] = {}
     for name, norms in step.expert_gradients.items():
@@ -237,22 +234,20 @@ def _look_at_routers(report: Report, trainer: Trainer, model: nn.Module, step: D
     config = transformer_of(model).config.get_text_config()
     is_one = first_of(config, EXPERTS_PER_TOKEN_NAMES) == 1
     if blind and usual and not is_one and _are_copies(model):
-        report.add(
+        report.add_by_name(
             NOTE,
             "router-untrainable",
+            blind,
             "The experts are still copies of each other, so the loss of the language model says nothing to the routers yet: it does once "
             "the experts differ.",
-            layers=layer_numbers(blind),
-            figure=len(blind),
         )
     elif blind and usual:
-        report.add(
+        report.add_by_name(
             WARNING,
             "router-untrainable",
+            blind,
             f"The loss of the language model does not reach {listed(blind)}: something detaches it, or with one expert per token whose weight is divided by itself the "
             "weight is always 1. Set norm_topk_prob to false, or use 2 experts per token.",
-            layers=layer_numbers(blind),
-            figure=len(blind),
         )
 
 
